@@ -125,9 +125,9 @@ class SyncHealth:
         self.failures: Counter[str] = Counter()
         self.dirty: frozenset[str] = frozenset()
 
-    def failed(self, error: BaseException, engine_ids: Iterable[str]) -> None:
-        """A connect or a sync of these engines failed; an error without a phase counts as one of the transfer."""
-        self.failures[error.phase if isinstance(error, WeightSyncError) else "transfer"] += 1
+    def failed(self, error: BaseException, engine_ids: Iterable[str], phase: str = "transfer") -> None:
+        """A connect or a sync of these engines failed; ``phase`` counts where the error has none."""
+        self.failures[error.phase if isinstance(error, WeightSyncError) else phase] += 1
         self.dirty |= frozenset(engine_ids)
 
     def committed(self, engine_ids: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ from rlsync.copy.addresses import BufferAddresses
 from rlsync.copy.cuda import compile_ahead
 from rlsync.copy.speed import copy_gb_per_s
 from rlsync.engine.handles import EngineHandle
-from rlsync.errors import ConfigError, RlsyncError, WeightSyncError, error_text, first_few
+from rlsync.errors import ConfigError, WeightSyncError, error_text, first_few
 from rlsync.gc_pause import gc_paused
 from rlsync.plan.transports import TRANSPORTS
 from rlsync.plan.verification import OFF
@@ -170,17 +170,16 @@ class WeightSyncer:
             self._engines = tuple(engines)
         if source is not None:
             self._source = _fitting(source, self._config, self._world_size)
-        info = self._listen() if self._rank == 0 else ConnectInfo()
-        if self._broadcast is not None:
-            info = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(info)), type=ConnectInfo)
         try:
+            info = self._listen() if self._rank == 0 else ConnectInfo()
+            if self._broadcast is not None:
+                info = msgspec.msgpack.decode(self._broadcast(msgspec.msgpack.encode(info)), type=ConnectInfo)
             if info.error is not None:
                 raise to_exception(info.error)
             self._dial(info)
         except BaseException as error:
-            self.health.failed(error, (engine.engine_id for engine in self._engines))
-            for engine in self._engines:
-                engine.mark_dirty(f"its connection to the actor failed: {error}")
+            self.health.failed(error, (engine.engine_id for engine in self._engines), "connect")
+            self._mark_dirty(f"its connection to the actor failed: {error}")
             self.close()
             raise
         self._attempt, self._version, self._engines_hold_frozen = 0, -1, False
@@ -217,8 +216,10 @@ class WeightSyncer:
             self._server = CoordinatorServer(self._config.bind_host, num_peers)
             token, run_id = secrets.token_urlsafe(32), secrets.token_hex(8)
             self._server.start(Coordinator(self._expected(token, run_id), self._server.send, time.monotonic()))
-        except (RlsyncError, OSError, zmq.ZMQError) as error:
-            return ConnectInfo(error=m.Error(attempt=0, phase="connect", cause=str(error)))
+        except Exception as error:
+            # Whatever it is, such as an error of somebody else's handle: the other ranks wait for word of it.
+            cause = str(error) if isinstance(error, OSError | zmq.ZMQError) else error_text(error)
+            return ConnectInfo(error=m.Error(attempt=0, phase="connect", cause=m.shortened(cause)))
         return ConnectInfo(self._server.endpoint, token, run_id)
 
     def _expected(self, token: str, run_id: str) -> Expected:
@@ -397,11 +398,18 @@ class WeightSyncer:
             self._connection.lane.forget(self._tasks, _LAST_CALL_S)
             self._endpoints.abandon()
             self.health.failed(error, (engine.engine_id for engine in self._engines))
-            for engine in self._engines:
-                engine.mark_dirty(str(error), name)
+            self._mark_dirty(str(error), name)
             raise
         self._version, self._engines_hold_frozen = version, True
         return report
+
+    def _mark_dirty(self, reason: str, name: str = "") -> None:
+        """Mark every engine. A handle that fails, as of an engine that is gone, keeps no other from it and takes no error's place."""
+        for engine in self._engines:
+            try:
+                engine.mark_dirty(reason, name)
+            except Exception as error:
+                _log.warning("engine %s could not be marked dirty: %s", engine.engine_id, error_text(error))
 
     def _may_pass_over_frozen(self) -> bool:
         """Rank 0: whether frozen tensors need not be sent, because every engine has them from the sync before.

@@ -276,3 +276,44 @@ def test_what_cannot_be_connected_is_said_before_anybody_is_asked() -> None:
     for key, number in (("num_slots", 1.5), ("bucket_bytes", True), ("bucket_bytes", "1")):
         with pytest.raises(ConfigError, match=f"weight_sync.{key} is {number!r}; it must be a whole number"):
             SyncConfig(**{key: number})
+
+
+class _Unreachable(ThreadEngine):
+    """An engine whose handle cannot say what it is asked, as one of somebody else's whose process is gone."""
+
+    @property
+    def num_workers(self) -> int:
+        raise LookupError("nobody there")
+
+    @num_workers.setter
+    def num_workers(self, number: int) -> None:
+        pass
+
+
+def test_whatever_keeps_rank_0_from_listening_is_everybodys_error_and_leaves_nothing() -> None:
+    """Other ranks wait for its word in a collective, which has no deadline of a sync."""
+    actors = Actors([_Unreachable("gone")])
+    before = _coordinators()
+    try:
+        error = actors.failure(lambda s: s.connect())
+    finally:
+        actors.close()
+    assert error.phase == "connect" and "LookupError" in error.cause and "nobody there" in error.cause
+    assert _coordinators() == before
+
+
+def test_a_broadcast_that_fails_leaves_no_coordinator_and_no_clean_engine(engines: list[ThreadEngine]) -> None:
+    def broadcast(payload: bytes) -> bytes:
+        raise RuntimeError("the process group has timed out")
+
+    before = _coordinators()
+    syncer = WeightSyncer(Numbers(0, 2), engines, SyncConfig(), world_size=2, broadcast=broadcast)
+    with pytest.raises(RuntimeError, match="timed out"):
+        syncer.connect()
+    assert _coordinators() == before
+    assert all("timed out" in engine.dirty for engine in engines) and syncer.health.failures["connect"] == 1
+
+
+def _coordinators() -> set[int | None]:
+    """Their threads."""
+    return {thread.ident for thread in threading.enumerate() if thread.name == "rlsync-coordinator"}

@@ -242,3 +242,28 @@ def test_a_peer_whom_zmq_has_hung_up_on_blocks_nowhere(monkeypatch: pytest.Monke
         peer.receive(0, time.monotonic())
     peer.close()
     served.server.stop()
+
+
+@pytest.mark.parametrize("call", ["connect", "sync"])
+def test_an_engine_that_cannot_be_marked_dirty_keeps_no_other_from_it(
+    call: str, actors: Actors, engines: list[ThreadEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what the ranks raise is what has failed first."""
+
+    def mark_dirty(reason: str, sync: str = "") -> None:
+        raise OSError("no way to it")
+
+    actors.sync(1)
+    engines[0].mark_dirty = mark_dirty  # type: ignore[method-assign]
+    if call == "sync":
+        actors.sources[1].on_fill = lambda bucket: 1 // 0
+        error = actors.failure(lambda s: s.sync(2))
+        assert "ZeroDivisionError" in error.cause
+    else:
+        actors.close()
+        actors.there.clear()
+        engines[1].change_info = lambda info: {**info, "token": "another"}
+        error = actors.failure(lambda s: s.connect())
+        assert "token" in error.cause
+    assert str(error) in engines[1].dirty
+    assert "engine e0" in caplog.text and "no way to it" in caplog.text
