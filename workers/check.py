@@ -67,7 +67,8 @@ def check_run(composed: DictConfig | Mapping[str, Any], checks: Sequence[Check],
     report.notes += [f"{name} has no effect: {reason}" for name, reason in reading.inert]
     if reading.config is not None:
         for check in checks:
-            check(reading.config, report)
+            # What a check reads by itself may be closed, too.
+            report.take("files", check, reading.config, report)
     return report
 
 
@@ -312,6 +313,10 @@ def check_beginning(config: AnyConfig, report: Report) -> None:
         report.plan.append(("resume", note))
     for place, key in places_of_results(config).items():
         report.take("results", check_writable, place, key)
+    for key in ("arithmetic", "pictures", "seeded_model"):
+        made = getattr(config, key)
+        if made is not None and not Path(made.path).exists():
+            report.take("results", check_writable, Path(made.path).absolute(), f"{key}.path")
     aside = report.take("results", becomes_of_earlier_run, config, beginning.resume)
     if aside is not None:
         report.plan.append(("results", f"hold an earlier run, which a start sets aside as {aside}"))

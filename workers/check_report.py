@@ -61,12 +61,16 @@ class Report:
         return {"findings": findings, "notes": self.notes, "plan": dict(self.plan), "memory": memory}
 
     def take(self, about: str, check: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of a call; where it raises one of our errors that is a finding, and the result None."""
+        """The result of a call; where it raises one of our errors that is a finding, as is a file that may not be read, and the result
+        None."""
         try:
             return check(*arguments)
         except RlsyncError as error:
             for text in _findings_of(error):
                 self.found(about, text)
+            return None
+        except PermissionError as error:
+            self.found(about, f"{error.filename}: {error.strerror}; start the run as a user who may read and write it")
             return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import socket
@@ -303,6 +304,29 @@ def test_places_that_cannot_be_used_are_findings(world, tmp_path, monkeypatch) -
     megatron = {"mbridge": False, "ckpt_convertor": {"save_path": str(tmp_path / "file/converted")}}
     found = texts(check(world, monkeypatch, actor={**values(world)["actor"], "megatron": megatron}))
     assert f"cannot be written to {tmp_path}/file/converted: Not a directory; set actor.megatron.ckpt_convertor.save_path" in found
+
+
+def test_what_may_not_be_read_is_a_finding(own, monkeypatch) -> None:
+    """Model and data of another user, beside what else is wrong; permissions hold for everybody but root."""
+    check(own, monkeypatch)  # with all modules imported
+    (own / "train.jsonl").chmod(0)
+    (own / "model").chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        found = texts(check(own, monkeypatch, runner={**values(own)["runner"], "resume_dir": "/nowhere"}))
+    finally:
+        os.seteuid(user)
+        (own / "model").chmod(0o755)
+    assert re.search(rf"{own}/model\S*: Permission denied; start the run as a user who may", found)
+    assert "resume_dir /nowhere does not exist" in found
+
+
+def test_a_world_that_cannot_be_made_where_it_is_asked_for_is_a_finding(world, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    found = texts(check(world, monkeypatch, arithmetic={"path": str(tmp_path / "file" / "world")}))
+    assert f"cannot be written to {tmp_path}/file/world: Not a directory; set arithmetic.path to another folder" in found
 
 
 def test_a_model_that_engines_do_not_compute_on_a_cpu_is_a_finding(own, monkeypatch) -> None:
