@@ -82,6 +82,8 @@ class _Process:
 
     def give(self, task: int, question: Mapping[str, object], timeout_s: float) -> bool:
         """Hand over one task; False when the process is gone."""
+        if self._stdin.closed:
+            return False
         self.task, self.deadline_s = task, time.monotonic() + timeout_s * self._patience + _GRACE_S
         line = json.dumps({"id": task, **question, "timeout_s": timeout_s})
         try:
@@ -136,7 +138,7 @@ class VerifierPool:
         try:
             for process in self._processes:
                 process.wait_ready()
-        except RlsyncError:
+        except BaseException:
             self.close()
             raise
 
@@ -181,11 +183,18 @@ class VerifierPool:
         results: list[Answer | None] = [None] * len(questions)
         waiting = deque(range(len(questions)))
         again: set[int] = set()
-        with selectors.DefaultSelector() as selector:
-            for slot in range(len(self._processes)):
-                self._feed(slot, waiting, questions, selector)
-            while selector.get_map():
-                self._collect(results, waiting, again, questions, selector)
+        try:
+            with selectors.DefaultSelector() as selector:
+                for slot in range(len(self._processes)):
+                    self._feed(slot, waiting, questions, selector)
+                while selector.get_map():
+                    self._collect(results, waiting, again, questions, selector)
+        except BaseException:
+            # What they are at would be taken for answers to the next call.
+            for process in self._processes:
+                if process.task is not None:
+                    process.end()
+            raise
         return results
 
     def _feed(self, slot: int, waiting: deque[int], questions: Sequence[Mapping[str, object]], selector: selectors.BaseSelector) -> None:

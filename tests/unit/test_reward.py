@@ -172,6 +172,16 @@ def test_a_task_whose_process_is_killed_is_done_once_more_and_then_counts_as_wro
     assert pool.num_replaced == replaced + 4
 
 
+def test_a_call_that_is_interrupted_leaves_no_answer_to_the_next(pool: VerifierPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pool, "_collect", interrupted)
+        pool.check([r"\boxed{1}"], [["1"]])
+    assert pool.check([r"\boxed{1}"], [["2"]]) == [False]
+
+
 def test_time_that_a_process_waits_for_the_processor_is_not_counted(pool: VerifierPool) -> None:
     """Stopped for longer than its timeout in the middle of a task, a process answers it all the same."""
     stopped = []

@@ -447,13 +447,24 @@ class Server:
             raise TimeoutError(f"{self.name} did not answer {method} {path} within {timeout_s:g} s") from None
         except aiohttp.ClientError as error:
             raise UnreachableError(f"{self.name} cannot be reached for {method} {path}: {_reason(error)}") from None
-        if response.status == 404 and "json" in response.content_type and "error" in json.loads(text):
+        answer = self._parsed(text, method, path) if "json" in response.content_type and response.status in (200, 404) else {}
+        if response.status == 404 and "error" in answer:
             raise NoModelError(f"{self.name} answered {method} {path} with 404: {self._said(text)}")
         if response.status == 404:
             raise ConfigError(f"{self.name} has no route {path}; start it with: {_START}")
         if response.status != 200:
             raise RlsyncError(f"{self.name} answered {method} {path} with {response.status}: {self._said(text)}")
-        return json.loads(text) if "json" in response.content_type else {}
+        return answer
+
+    def _parsed(self, text: str, method: str, path: str) -> dict[str, Any]:
+        """The JSON object of an answer. Raises RlsyncError for what is none, as of something else that listens there."""
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise RlsyncError(f"{self.name} answered {method} {path} with what is no JSON object: {self._said(text)}; is it vllm serve?")
+        return found
 
     async def close(self) -> None:
         """Close the connections. Idempotent."""

@@ -395,13 +395,16 @@ class Engine:
         if self._calls.closed:
             return
         self._gate.close("it is closed")
-        if self._llm is not None:
-            self._processes.look(self._llm)
-            with contextlib.suppress(TimeoutError):
-                self._calls.run(self._shut_down(), 2 * _CLOSE_S)
+        try:
+            if self._llm is not None:
+                self._processes.look(self._llm)
+                with contextlib.suppress(TimeoutError):
+                    self._calls.run(self._shut_down(), 2 * _CLOSE_S)
+        finally:
+            # Also where vLLM fails to end them: nobody else would.
             self._processes.end(_CLOSE_S)
             self._llm = None
-        self._calls.stop()
+            self._calls.stop()
 
     async def _shut_down(self) -> None:
         self._calls.cancel_requests()
