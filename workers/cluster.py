@@ -226,11 +226,13 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            ray.kill(worker.actor)
-        ray.shutdown()
-        for forks in (self._forks or {}).values():
-            forks.close()
+        # Each of them also where one before it fails, as all of Ray does when its head is gone. The last one that is pushed is the first.
+        with contextlib.ExitStack() as stack:
+            for forks in (self._forks or {}).values():
+                stack.callback(forks.close)
+            stack.callback(ray.shutdown)
+            for worker in self._workers:
+                stack.callback(ray.kill, worker.actor)
 
 
 def _gpu_names(count: int, visible: str | None) -> list[str]:

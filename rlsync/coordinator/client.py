@@ -89,7 +89,7 @@ class Peer:
             if self._socket in events:
                 message = self._decode(self._socket.recv())
                 self.heard_s = time.monotonic()
-                # A failure of the connection itself has no attempt and ends every attempt.
+                # What is of another attempt is over, also a failure between two syncs: the next one begins behind it.
                 if getattr(message, "attempt", 0) == attempt:
                     if isinstance(message, m.Error):
                         raise to_exception(message)

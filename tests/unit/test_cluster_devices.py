@@ -1,4 +1,4 @@
-"""Claims about which GPUs a process of the run sees, and about a Ray that does not start."""
+"""Claims about which GPUs a process of the run sees, and about a Ray that does not start or is gone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import ray
 
 from rlsync.errors import RlsyncError
 from workers.cluster import Cluster
+from workers.forked_workers import ForkedWorker, Forks
+from workers.remote import Worker
 
 
 def cluster(*gpus_of_nodes: int) -> Cluster:
@@ -41,3 +43,17 @@ def test_a_ray_that_does_not_come_up_is_an_error_that_says_where_to_look(monkeyp
     monkeypatch.setattr(ray, "init", fails)
     with pytest.raises(RlsyncError, match=f"Ray did not start on this machine: {raised}; is it short of memory or busy"):
         Cluster.start()
+
+
+def test_what_was_forked_ends_although_ray_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    forks, ended = Forks(ForkedWorker), list[str]()
+
+    def kill(actor: object) -> None:
+        raise ConnectionError("the head of the cluster is gone")
+
+    monkeypatch.setattr("workers.cluster.ray.kill", kill)
+    monkeypatch.setattr("workers.cluster.ray.shutdown", lambda: ended.append("ray"))
+    workers = [Worker(name, object(), "") for name in ("a", "b")]
+    with pytest.raises(ConnectionError, match="is gone"), Cluster(_workers=workers, _forks={ForkedWorker: forks}):
+        pass
+    assert ended == ["ray"] and not forks._folder.exists()

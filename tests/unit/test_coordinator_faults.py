@@ -18,10 +18,11 @@ from rlsync.coordinator.client import Peer
 from rlsync.coordinator.server import CoordinatorServer
 from rlsync.errors import WeightSyncError
 from rlsync.plan.verification import SAMPLE_PERIOD
-from rlsync.sync import SyncReport, WeightSyncer, attempt
+from rlsync.sync import SyncConfig, SyncReport, WeightSyncer, attempt
+from rlsync.sync.comparison import compare_engines
 from rlsync.transport.tasks import Tasks
 from tests.deadlines import ended_by
-from tests.thread_actors import Actors, holds
+from tests.thread_actors import Actors, Numbers, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 HELLO = m.ActorHello("", "", 0, 1, "", "", "", 1, None, "")
@@ -267,3 +268,17 @@ def test_an_engine_that_cannot_be_marked_dirty_keeps_no_other_from_it(
         assert "token" in error.cause
     assert str(error) in engines[1].dirty
     assert "engine e0" in caplog.text and "no way to it" in caplog.text
+
+
+def test_a_comparison_that_fails_lets_every_engine_go_on_although_one_cannot(engines: list[ThreadEngine]) -> None:
+    """Engines of threads cannot compare, and say so when all are paused."""
+
+    def resume(version: int, timeout_s: float) -> None:
+        raise OSError("no way to it")
+
+    engines[0].resume = resume  # type: ignore[method-assign]
+    for engine in engines:
+        engine.version = None  # type: ignore[attr-defined]
+    with pytest.raises(WeightSyncError, match="came after the connection was complete"):
+        compare_engines(Numbers(0, 1), engines, SyncConfig(timeout_s=TIMEOUT_S))
+    assert engines[1].calls == ["pause keep", "resume None"]

@@ -176,9 +176,10 @@ def test_a_call_that_is_interrupted_leaves_no_answer_to_the_next(pool: VerifierP
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(pool, "_collect", interrupted)
-        pool.check([r"\boxed{1}"], [["1"]])
+        with pytest.raises(KeyboardInterrupt):
+            pool.check([r"\boxed{1}"], [["1"]])
     assert pool.check([r"\boxed{1}"], [["2"]]) == [False]
 
 
