@@ -228,12 +228,15 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             return
         batch, known = self._drawn(beginning.step + 1, {}), Future[Rollout]()
         rollout = self._config.rollout
-        asked = {
-            "group_size": self._config.algorithm.group_size,
-            "logprobs": bool(rollout.return_logprobs),
-            "routes": bool(rollout.enable_return_routed_experts),
-        }
-        if changed := outdated(position[STATE], batch, beginning, **asked):
+        changed = outdated(
+            position[STATE],
+            batch,
+            beginning,
+            group_size=self._config.algorithm.group_size,
+            logprobs=bool(rollout.return_logprobs),
+            routes=bool(rollout.enable_return_routed_experts),
+        )
+        if changed:
             self._screen.note(
                 f"step {batch.step} is generated anew: {', '.join(changed)} changed since the checkpoint, which has samples of it"
             )
