@@ -96,11 +96,15 @@ class FileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None) -> None:
-        if kind is None:
-            assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
-            self._writes.close(self._partial, self._path)
-        else:
+        if kind is not None:
             self._remove()
+            return
+        assert not self._missing, f"{self._path}: {sorted(self._missing)[:5]} were never written"
+        try:
+            self._writes.close(self._partial, self._path)
+        except BaseException:
+            self._remove()
+            raise
 
     def _remove(self) -> None:
         self._writes.discard(self._partial)

@@ -170,3 +170,14 @@ def test_a_folder_is_prepared_for_new_weights_or_left_as_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
     with pytest.raises(CheckpointError, match=r"notes\.txt: cannot be written \(File exists\)"):
         prepare_folder(tmp_path / "notes.txt")
+
+
+def test_a_file_that_cannot_be_published_leaves_nothing_on_the_disk(tmp_path):
+    """A part of a file of gigabytes would keep a full disk full."""
+    (tmp_path / "model.safetensors" / "somebody's").mkdir(parents=True)
+    writer = FileWriter(tmp_path / "model.safetensors", SPECS)
+    for name, tensor in tensors().items():
+        writer.write(name, tensor)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        writer.__exit__(None, None, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
