@@ -63,6 +63,23 @@ def test_the_resolved_config_is_written_and_loads_again(tmp_path: Path) -> None:
     assert load_config(OmegaConf.load(tmp_path / "config.yaml")) == config  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("proxy", "written"),
+    [
+        ("http://me:secret@proxy:3128", "http://***@proxy:3128"),
+        ("me:secret@proxy:3128", "***@proxy:3128"),
+        ("http://me:sec@ret@proxy", "http://***@proxy"),
+        ("http://proxy:3128/a@b", "http://proxy:3128/a@b"),
+        (None, None),
+    ],
+)
+def test_the_password_of_a_proxy_is_in_no_file_and_no_logger(proxy: str | None, written: str | None) -> None:
+    config = shipped()
+    config = replace(config, runner=replace(config.runner, logger=replace(config.runner.logger, wandb_proxy=proxy)))
+    assert config_as_dict(config)["runner"]["logger"]["wandb_proxy"] == written
+    assert config.runner.logger.wandb_proxy == proxy
+
+
 def test_a_resumed_run_keeps_the_lines_it_repeats_aside_and_appends(tmp_path: Path) -> None:
     with MetricsLog(logger_config(tmp_path), {"lr": 1}) as log:
         for step in (1, 2, 3, 4):

@@ -166,8 +166,15 @@ def load_config(composed: DictConfig | Mapping[str, Any], task: Task = "reasonin
 
 
 def config_as_dict(config: AnyConfig) -> dict[str, Any]:
-    """The resolved configuration as plain containers, for ``config.yaml``; absent optional sections are left out."""
-    return {name: value for name, value in asdict(config).items() if value is not None}
+    """The resolved configuration as plain containers, for ``config.yaml``, loggers and checkpoints; absent optional sections are left out.
+
+    So are name and password in the address of a proxy, because others read what these are given.
+    """
+    found = {name: value for name, value in asdict(config).items() if value is not None}
+    logger = found["runner"]["logger"]
+    if logger["wandb_proxy"] is not None:
+        logger["wandb_proxy"] = re.sub(r"^(\w+://)?[^/]*@", r"\1***@", logger["wandb_proxy"])
+    return found
 
 
 def _resolve(node: DictConfig, cls: type[AnyConfig]) -> tuple[dict[str, Any], _Interpolated]:
