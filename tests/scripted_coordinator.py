@@ -22,7 +22,7 @@ TIMEOUT_S = 10.0
 class Run:
     """A coordinator of two actor ranks and engine ``e0`` with two workers, and what it has sent to each peer."""
 
-    def __init__(self, *, connected: bool = True, engines_answer: bool = True) -> None:
+    def __init__(self, *, connected: bool = True, engines_answer: bool = True, num_frozen: int = 0) -> None:
         self.sent: dict[bytes, list] = {}
         expected = Expected("secret", "run", 2, {"e0": 2}, ("digest", "digest"), TIMEOUT_S, MANIFEST)
         self.coordinator = Coordinator(expected, lambda peer, message: self.sent.setdefault(peer, []).append(message), 0.0)
@@ -31,7 +31,8 @@ class Run:
                 self.tell(f"a{rank}", actor(rank))
                 self.tell(f"w{rank}", worker(rank))
                 self.tell(f"w{rank}", RECORDED)
-            self.tell("a0", PLANNED)
+            actors = tuple(msgspec.structs.replace(each, num_frozen=num_frozen) for each in PLANNED.actors)
+            self.tell("a0", msgspec.structs.replace(PLANNED, actors=actors))
             for peer in ("a0", "a1", "w0", "w1"):
                 self.tell(peer, m.Attached())
             if engines_answer:

@@ -119,9 +119,9 @@ def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
     packer = syncer._connection.packer
     pack = packer.pack
 
-    def wrapped(bucket: int, turn: int, without_frozen: bool) -> Packed:
+    def wrapped(bucket: int, turn: int) -> Packed:
         call(bucket)
-        return pack(bucket, turn, without_frozen)
+        return pack(bucket, turn)
 
     packer.pack = wrapped  # type: ignore[method-assign]
 

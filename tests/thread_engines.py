@@ -141,7 +141,12 @@ class ThreadEngine:
             until(lambda: receiver.join(pull.group), peer, attempt, receiver, pull.hear)
             first = assignment.num_frozen if pull.without_frozen else 0
             with receiver.receiving(self._standing(worker), first):
-                for bucket, part in enumerate(assignment.parts):
+                if first:
+                    pull.bucket = first - 1
+                    pull.verify_held(dict.fromkeys(range(first), weights) if self.shows_weights else {})
+                    until(lambda: True if pull.buckets_ready >= first else None, peer, attempt, receiver, pull.hear)
+                    peer.send(m.Done(attempt, first - 1))
+                for bucket, part in enumerate(assignment.parts[first:], first):
                     pull.bucket = bucket
 
                     def is_ready(bucket: int = bucket) -> bool | None:
@@ -151,11 +156,6 @@ class ThreadEngine:
                         exports, pull.exports = pull.exports, ()
                         return receiver.fetch(bucket, pull.buckets_ready, exports)
 
-                    if bucket < first:
-                        until(is_ready, peer, attempt, receiver, pull.hear)
-                        pull.verify_held(bucket, weights if self.shows_weights else None)
-                        peer.send(m.Done(attempt, bucket))
-                        continue
                     taken.append(bucket)
                     if not receiver.lands_ahead:
                         until(is_ready, peer, attempt, receiver, pull.hear)

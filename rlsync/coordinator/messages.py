@@ -194,7 +194,8 @@ class Exported(Message):
 
 
 class Filled(Message):
-    """This actor rank's regions of a bucket are readable.
+    """This actor rank's regions of a bucket are readable. Of buckets that are not sent, the first ones, a single message speaks for all up
+    to ``bucket``; so do ``Summed`` and ``Done``.
 
     ``sums`` are the checksums of those that are verified. None: they follow in ``Summed``, because the regions are read where they are, and
     readers need not wait for their checksums.

@@ -19,7 +19,7 @@ class Progress:
         regroups: whether that group is still to be made. Its members look for each other for less than a phase may last, so that actor
             ranks fill nothing, and do not join it, before everybody is there.
         buckets_ready: buckets that every actor rank has filled. buckets_summed: those whose checksums have come from all of them.
-        buckets_writable: buckets whose slot is free, those already filled included.
+        num_frozen: buckets, the first ones, that ``without_frozen`` speaks of.
         sums: destination -> checksums of its regions, in the order in which actor ranks have sent them.
         answered: engines that serve.
         verifies_all: whether all regions are verified, because the sync before did not commit: what was wrong in it may be so again.
@@ -32,6 +32,7 @@ class Progress:
     version: int
     num_buckets: int
     num_slots: int
+    num_frozen: int = 0
     group: int = 0
     regroups: bool = False
     verifies_all: bool = False
@@ -45,7 +46,6 @@ class Progress:
     answered: set[str] = field(default_factory=set)
     buckets_ready: int = 0
     buckets_summed: int = 0
-    buckets_writable: int = 0
     sums: dict[int, list[Sum]] = field(default_factory=lambda: defaultdict(list))
     without_frozen: bool | None = None
     all_joined: bool = False
@@ -56,49 +56,61 @@ class Progress:
     _packed: list[int] = field(init=False)
     _summed: list[int] = field(init=False)
     _taken: list[int] = field(init=False)
+    _buckets_taken: int = 0
 
     def __post_init__(self) -> None:
-        self.buckets_writable = min(self.num_slots, self.num_buckets)
         self._packed, self._summed, self._taken = ([0] * self.num_buckets for _ in range(3))
 
+    @property
+    def num_held(self) -> int:
+        """Buckets, the first ones, that are not sent, and take no slot: engines have what is in them."""
+        return self.num_frozen if self.without_frozen else 0
+
+    @property
+    def buckets_writable(self) -> int:
+        """Buckets whose slot is free, those already filled included."""
+        return min(self.num_buckets, max(self.num_held, self._buckets_taken) + self.num_slots)
+
     def fill(self, identity: bytes, bucket: int, sums: Sequence[Sum] | None, num_actors: int) -> str | bool:
-        """Count one bucket of an actor rank, whose checksums follow where ``sums`` is None. Returns whether more buckets are ready, or
-        summed up, now, or what is wrong."""
+        """Count one bucket of an actor rank, or all up to this one where none is sent; checksums follow where ``sums`` is None. Returns
+        whether more buckets are ready, or summed up, now, or what is wrong."""
         count, summed = self.filled.get(identity, 0), self.summed.get(identity, 0)
-        if bucket != count or bucket >= self.buckets_writable or summed != count:
+        if not self._is_next(bucket, count) or bucket >= self.buckets_writable or summed != count:
             return f"filled bucket {bucket}, its turn is {count} and {self.buckets_writable} are writable, {summed} summed up"
-        self.filled[identity] = count + 1
-        self._packed[bucket] += 1
-        grown = self._packed[bucket] == num_actors
-        self.buckets_ready += grown
+        self.filled[identity] = bucket + 1
+        completed = _completed(self._packed, range(count, bucket + 1), num_actors)
+        self.buckets_ready += completed
+        grown = completed > 0
         return grown if sums is None else self._count(identity, bucket, sums, num_actors) or grown
 
     def sum_up(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> str | bool:
-        """Take the checksums that follow a bucket of an actor rank. Returns whether more buckets are summed up now, or what is wrong."""
+        """Take the checksums that follow what an actor rank has filled. Returns whether more is summed up now, or what is wrong."""
         count = self.summed.get(identity, 0)
-        if bucket != count or bucket >= self.filled.get(identity, 0):
+        if not self._is_next(bucket, count) or bucket >= self.filled.get(identity, 0):
             return f"summed up bucket {bucket}, its turn is {count} and {self.filled.get(identity, 0)} are filled"
         return self._count(identity, bucket, sums, num_actors)
 
     def _count(self, identity: bytes, bucket: int, sums: Sequence[Sum], num_actors: int) -> bool:
-        self.summed[identity] = bucket + 1
+        count, self.summed[identity] = self.summed.get(identity, 0), bucket + 1
         for entry in sums:
             self.sums[entry.destination].append(entry)
-        self._summed[bucket] += 1
-        grown = self._summed[bucket] == num_actors
-        self.buckets_summed += grown
-        return grown
+        completed = _completed(self._summed, range(count, bucket + 1), num_actors)
+        self.buckets_summed += completed
+        return completed > 0
 
     def take(self, identity: bytes, bucket: int, num_workers: int) -> str | bool:
-        """Count one bucket of a worker. Returns whether more buckets are writable now, or what is wrong."""
+        """Count one bucket of a worker, or all up to this one where none is sent. Returns whether more are writable now, or what is
+        wrong."""
         count = self.done.get(identity, 0)
-        if bucket != count or bucket >= self.buckets_ready:
+        if not self._is_next(bucket, count) or bucket >= self.buckets_ready:
             return f"finished bucket {bucket}, its turn is {count} and {self.buckets_ready} are ready"
-        self.done[identity] = count + 1
-        self._taken[bucket] += 1
-        grown = self._taken[bucket] == num_workers and self.buckets_writable < self.num_buckets
-        self.buckets_writable += grown
-        return grown
+        self.done[identity], before = bucket + 1, self.buckets_writable
+        self._buckets_taken += _completed(self._taken, range(count, bucket + 1), num_workers)
+        return self.buckets_writable > before
+
+    def _is_next(self, bucket: int, count: int) -> bool:
+        """Whether ``bucket`` comes after ``count`` others, or is one up to which none is sent."""
+        return bucket == count or count < bucket < self.num_held
 
     def unsent_sums(self, identity: bytes, destination: int) -> tuple[Sum, ...]:
         """Checksums of a worker's regions that were not sent to it yet; they count as sent now."""
@@ -131,3 +143,10 @@ class Progress:
             return [(p, "to commit") for p in workers if p.identity not in self.committed]
         late = [(p, "to end its engine's update and resume it") for p in workers if p.place == 0 and p.engine not in self.answered]
         return late or [(p, "to say that the engines are resumed") for p in actors if p.place == 0]
+
+
+def _completed(counts: list[int], buckets: range, num_peers: int) -> int:
+    """Count a peer for each of these buckets; returns how many of them all peers have come to."""
+    for bucket in buckets:
+        counts[bucket] += 1
+    return sum(counts[bucket] == num_peers for bucket in buckets)

@@ -176,8 +176,8 @@ class Coordinator:
         connecting, failed = self._connecting, self._failure is not None
         group = 0 if self._sync is None else self._sync.group + failed
         self._sync = Progress(
-            message.attempt, message.version, connecting.num_buckets, connecting.num_slots, group, regroups=failed, verifies_all=failed,
-            began_s=now_s,
+            message.attempt, message.version, connecting.num_buckets, connecting.num_slots, connecting.num_frozen, group, regroups=failed,
+            verifies_all=failed, began_s=now_s,
         )  # fmt: skip
         self._failure, self.phase, self.deadline_s = None, "begin", now_s + self._expected.timeout_s
         if lost:
@@ -327,7 +327,7 @@ class Connecting:
         fail: reports a cause to all peers; the peer is the one that it came from.
 
     Attributes:
-        num_buckets, num_slots: of the plan, as soon as it is there.
+        num_buckets, num_slots, num_frozen: of the plan, as soon as it is there.
         destinations: worker -> its destination in the plan.
         exports: who reads whose exported memory.
     """
@@ -340,7 +340,7 @@ class Connecting:
         fail: Callable[[str, Member | None], None],
     ) -> None:
         self._expected, self._roster, self._send, self._fail = expected, roster, send, fail
-        self.num_buckets = self.num_slots = 0
+        self.num_buckets = self.num_slots = self.num_frozen = 0
         self.destinations: dict[bytes, int] = {}
         self.exports = ExportRegistry()
         # Numbers of actor ranks and workers that have their assignments.
@@ -401,7 +401,7 @@ class Connecting:
             return f"while {len(self._roster.actors()) - num_actors} and {len(self._roster.workers()) - num_workers} have none"
         self._num_assigned = num_actors + len(actors), num_workers + len(workers)
         for member, actor in zip(actors, message.actors, strict=True):
-            self.num_buckets, self.num_slots = actor.num_buckets, actor.num_slots
+            self.num_buckets, self.num_slots, self.num_frozen = actor.num_buckets, actor.num_slots, actor.num_frozen
             self._send(member.identity, m.Assignment(actor=actor))
         for member, worker in zip(workers, message.workers, strict=True):
             self.destinations[member.identity] = worker.destination

@@ -8,18 +8,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
 from rlsync.coordinator import messages as m
-from rlsync.copy.addresses import memory_ranges
-from rlsync.copy.checksum_programs import ChecksumPrograms, PendingChecksums, Views
+from rlsync.copy.addresses import MemoryRanges, memory_ranges
+from rlsync.copy.checksum_programs import ChecksumPrograms, Views
 from rlsync.copy.cpu import region
 from rlsync.errors import RlsyncError, first_few
 from rlsync.plan.packing import Region
 from rlsync.plan.verification import num_rounds, round_of, rounds_in, turn_of
+
+# By bucket, buffers that are the same in every sync.
+Standing = Mapping[int, Mapping[str, torch.Tensor]]
+# The key of what is frozen among checksum programs, beside numbers of buckets.
+_FROZEN = "frozen"
 
 
 class MismatchError(RlsyncError):
@@ -27,26 +33,16 @@ class MismatchError(RlsyncError):
 
 
 @dataclass(frozen=True, slots=True)
-class KnownChecksums:
-    """Checksums that are known already."""
-
-    sums: Sequence[int]
-
-    def values(self) -> Sequence[int]:
-        return self.sums
-
-
-@dataclass(frozen=True, slots=True)
 class Check:
-    """Verified regions of one bucket, and the checksum of each where it landed."""
+    """Verified regions of one bucket, and what gives the checksum of each where it landed; it may wait for the device."""
 
     bucket: int
     regions: Sequence[Region]
-    held: PendingChecksums | KnownChecksums
+    held: Callable[[], Sequence[int]]
 
     def compare(self, sent: Mapping[int, int]) -> Sequence[int]:
         """Compare with the checksums of the sender, by region number; returns them. Raises MismatchError naming the regions that differ."""
-        held = self.held.values()
+        held = self.held()
         findings = [
             f"{r.tensor} in {r.buffer} (elements from {r.buffer_offset}, shape {r.shape}, from actor rank {r.source}) "
             + (f"sums up to {value:016x}, sent were {sent[r.number]:016x}" if r.number in sent else "came without a checksum")
@@ -83,18 +79,38 @@ class Verifier:
     def begin(self, bucket: int, buffers: Mapping[str, torch.Tensor], turn: int) -> Check:
         """Checksum the regions whose turn it is, in ``buffers``; on CUDA enqueued on the current stream."""
         rounds, chosen = self._chosen(bucket, turn)
-        return Check(bucket, chosen, self._sums.begin(bucket, rounds, memory_ranges(buffers.values()), self._views(bucket, buffers)))
+        sums = self._sums.begin(bucket, rounds, memory_ranges(buffers.values()), self._views(bucket, buffers))
+        return Check(bucket, chosen, sums.values)
 
     def _chosen(self, bucket: int, turn: int) -> tuple[list[int], list[Region]]:
         rounds = [number for number in rounds_in(self._verify, 1 if bucket < self.num_frozen else turn) if number in self._rounds[bucket]]
         return rounds, [r for number in rounds for r in self._rounds[bucket][number]]
 
-    def held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> Check:
-        """The check of a frozen bucket that is not sent: of what ``buffers`` hold, or for None of what landed when it was sent, because a
-        kernel keeps it in a form of its own."""
-        if buffers is not None:
-            return self.begin(bucket, buffers, 1)
-        return Check(bucket, self._chosen(bucket, 1)[1], KnownChecksums(self._landed[bucket]))
+    def prepare_frozen(self, standing: Standing) -> None:
+        """Make ready to verify what is frozen in these buffers, by bucket."""
+        if live := self._live(standing):
+            self._sums.prepare((_FROZEN, live), [0], _ranges(standing, live), self._frozen_views(standing, live))
+
+    def held(self, standing: Standing) -> Iterator[Check]:
+        """Checks of all frozen buckets, none of which is sent: of what ``standing`` has, computed at once, and where it lacks a bucket of
+        what landed when that was sent, because a kernel keeps it in a form of its own."""
+        live, first = self._live(standing), 0
+        sums = self._sums.begin((_FROZEN, live), [0] if live else [], _ranges(standing, live), self._frozen_views(standing, live))
+        values = cache(sums.values)
+        for bucket in range(self.num_frozen):
+            regions = self._rounds[bucket].get(0, [])
+            if bucket in standing:
+                part = slice(first, first := first + len(regions))
+                yield Check(bucket, regions, partial(_part, values, part))
+            elif regions:
+                yield Check(bucket, regions, partial(self._landed.__getitem__, bucket))
+
+    def _live(self, standing: Standing) -> tuple[int, ...]:
+        """Frozen buckets that are verified where they are."""
+        return tuple(bucket for bucket in range(self.num_frozen) if bucket in standing and self._rounds[bucket])
+
+    def _frozen_views(self, standing: Standing, live: Sequence[int]) -> Views:
+        return lambda number: [view for bucket in live for view in self._views(bucket, standing[bucket])(number)]
 
     def keep(self, check: Check, sums: Sequence[int]) -> None:
         """Remember what a frozen bucket has brought."""
@@ -104,6 +120,14 @@ class Verifier:
     def _views(self, bucket: int, buffers: Mapping[str, torch.Tensor]) -> Views:
         rounds = self._rounds[bucket]
         return lambda number: [region(buffers[r.buffer], r.buffer_offset, r.shape, r.buffer_strides) for r in rounds[number]]
+
+
+def _ranges(standing: Standing, live: Sequence[int]) -> MemoryRanges:
+    return memory_ranges(buffer for bucket in live for buffer in standing[bucket].values())
+
+
+def _part(values: Callable[[], Sequence[int]], part: slice) -> Sequence[int]:
+    return values()[part]
 
 
 def _by_round(regions: Sequence[Region], mode: str, *, is_frozen: bool) -> dict[int, list[Region]]:
@@ -152,10 +176,10 @@ class Pull:
         with self.timed("verify"):
             self._checks.append(self._verifier.begin(bucket, buffers, self.turn))
 
-    def verify_held(self, bucket: int, buffers: Mapping[str, torch.Tensor] | None) -> None:
-        """Checksum a frozen bucket that is not sent; see ``Verifier.held``."""
+    def verify_held(self, standing: Standing) -> None:
+        """Checksum all that is frozen, none of which is sent; see ``Verifier.held``. On CUDA the kernel is only enqueued."""
         with self.timed("verify"):
-            self._checks.append(self._verifier.held(bucket, buffers))
+            self._checks += self._verifier.held(standing)
 
     def conclude(self) -> None:
         """Compare all checksums with those sent. Raises MismatchError for the first bucket that differs, naming its regions."""

@@ -25,7 +25,7 @@ from rlsync.copy.cuda import compile_ahead
 from rlsync.engine.adapters import AdapterSlots
 from rlsync.engine.compat import engine as compat
 from rlsync.engine.compat import features, lora, patches
-from rlsync.engine.pull import MismatchError, Pull, Verifier
+from rlsync.engine.pull import MismatchError, Pull, Standing, Verifier
 from rlsync.engine.recorded_layout import RecordedLayout, record_layout
 from rlsync.engine.recorder import LastRecording
 from rlsync.engine.sinks import Sink
@@ -230,6 +230,7 @@ class RlsyncTransferEngine(WeightTransferEngine):
         self._receiver.prepare(standing, exports)
         for bucket, buffers in standing.items():
             self._verifier.prepare(bucket, buffers)
+        self._verifier.prepare_frozen(standing)
 
     def _standing(self) -> dict[int, Mapping[str, torch.Tensor]]:
         """Bucket -> its buffers, for buckets whose buffers are the same in every sync."""
@@ -266,8 +267,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 sink.open(standing)
                 pull.phase = "transfer"
                 with contextlib.ExitStack() as receiving:
-                    receiving.enter_context(receiver.receiving(standing, self._assignment.num_frozen if pull.without_frozen else 0))
-                    self._take_all(client, sink, receiver, pull, update_info.version)
+                    num_held = self._assignment.num_frozen if pull.without_frozen else 0
+                    receiving.enter_context(receiver.receiving(standing, num_held))
+                    if num_held:
+                        _hold(client, pull, standing, num_held)
+                    self._take_all(client, sink, receiver, pull, num_held, update_info.version)
                     with pull.timed("finalize"):
                         if self._adapters is not None and self._syncs_adapters:
                             self._adapters.fill(update_info.adapter_id, update_info.adapters_in_use)
@@ -299,8 +303,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
                     del reported
             raise
 
-    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, version: int) -> None:
-        """Write all buckets, in order, complete the model, and verify what was written."""
+    def _take_all(self, client: CoordinatorClient, sink: Sink, receiver: Receiver, pull: Pull, first: int, version: int) -> None:
+        """Write all buckets from the first on that is sent, in order, complete the model, and verify what was written."""
         assert self._assignment is not None
         parts, is_complete = self._assignment.parts, False
 
@@ -310,13 +314,8 @@ class RlsyncTransferEngine(WeightTransferEngine):
                 sink.close()
             is_complete = True
 
-        for bucket, part in enumerate(parts):
+        for bucket, part in enumerate(parts[first:], first):
             pull.bucket = bucket
-            if pull.without_frozen and bucket < self._assignment.num_frozen:
-                _await_bucket(client, pull, bucket)
-                pull.verify_held(bucket, sink.standing(bucket))
-                client.send(m.Done(pull.attempt, bucket))
-                continue
             if not receiver.lands_ahead:
                 _await_bucket(client, pull, bucket)
             # Nobody waits for the last slot: where copies write live memory, the model is completed behind them before they are waited for.
@@ -413,6 +412,14 @@ class RlsyncTransferEngine(WeightTransferEngine):
         """Wait for copies on the GPU before the memory that they read is released."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+def _hold(client: CoordinatorClient, pull: Pull, standing: Standing, count: int) -> None:
+    """Verify the first ``count`` buckets, which are not sent, where they are."""
+    pull.bucket = count - 1
+    pull.verify_held(standing)
+    _await_bucket(client, pull, count - 1)
+    client.send(m.Done(pull.attempt, count - 1))
 
 
 def _await_bucket(client: CoordinatorClient, pull: Pull, bucket: int) -> None:

@@ -16,7 +16,7 @@ from rlsync.errors import EngineCallError, WeightSyncError, error_text
 from rlsync.plan.verification import turn_of
 from rlsync.sync.config import SyncConfig
 from rlsync.sync.endpoints import Endpoints, join
-from rlsync.sync.packer import Packer
+from rlsync.sync.packer import Packed, Packer
 from rlsync.sync.planning import ConnectionPlan
 from rlsync.sync.report import SyncHealth, SyncReport
 from rlsync.sync.source import Source
@@ -142,11 +142,13 @@ class Attempt:
                 if outcome.result:
                     self._peer.send(m.Exported(self._attempt, outcome.result))
             if kind == "fill":
-                self._packed += 1
+                self._packed = which + 1
                 self._peer.send(m.Filled(self._attempt, which, outcome.result.nbytes, outcome.result.sums))
                 if outcome.result.sums is None:
                     self._is_busy = True
-                    self._link.lane.submit(self._tasks, ("sum", which), partial(self._link.packer.sum_up, which, self._turn))
+                    packer = self._link.packer
+                    sum_up = packer.sum_up_frozen if which < self._num_held else partial(packer.sum_up, which, self._turn)
+                    self._link.lane.submit(self._tasks, ("sum", which), sum_up)
             if kind == "sum":
                 self._peer.send(m.Summed(self._attempt, which, outcome.result))
         else:
@@ -169,11 +171,17 @@ class Attempt:
         if self._is_busy or bucket >= min(self._writable, self._link.num_buckets):
             return
         self._is_busy = True
-        if self._has_joined:
-            pack = partial(self._link.packer.pack, bucket, self._turn, self._without_frozen)
-            self._link.lane.submit(self._tasks, ("fill", bucket), pack)
+        if self._has_joined and bucket < self._num_held:
+            self._link.lane.submit(self._tasks, ("fill", self._num_held - 1), lambda: Packed(0, None))
+        elif self._has_joined:
+            self._link.lane.submit(self._tasks, ("fill", bucket), partial(self._link.packer.pack, bucket, self._turn))
         else:
             self._link.lane.submit(self._tasks, ("join", None), lambda: join(self._link.endpoints.senders, group))
+
+    @property
+    def _num_held(self) -> int:
+        """Buckets, the first ones, that are not sent in this sync; they are filled, and summed up, as one."""
+        return self._link.packer.num_frozen if self._without_frozen else 0
 
     @property
     def _turn(self) -> int:

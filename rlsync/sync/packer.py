@@ -45,6 +45,9 @@ class _Program(Protocol):
     def run(self) -> int: ...
 
 
+# The key of what is frozen among checksum programs, beside numbers of buckets.
+_FROZEN = "frozen"
+
 # Destination and source.
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -119,10 +122,17 @@ class Packer:
         # Of regions that arrive as they are, and of those that are computed for each sync.
         self._sums, self._sums_of_made = ChecksumPrograms(), ChecksumPrograms()
         self._rounds = [self._by_round(bucket) for bucket in range(assignment.num_buckets)]
+        # Of all frozen buckets, what arrives as it is.
+        self._frozen = [given for rounds in self._rounds[: self._num_frozen] for given in (rounds[0].same if rounds else ())]
         self._shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self._buffers.items()}
         addresses.refresh()
         # What programs read.
         self._ranges, self._generation = addresses.ranges, addresses.generation
+
+    @property
+    def num_frozen(self) -> int:
+        """Buckets, the first ones, that hold what no actor rank trains."""
+        return self._num_frozen
 
     def check(self) -> None:
         """Find the parameters' current addresses. Raises PlacementError where shapes, dtypes or memory have changed since connect."""
@@ -146,15 +156,13 @@ class Packer:
         self._ranges, self._generation = ranges, self._addresses.generation
         self._follow(moves)
 
-    def pack(self, bucket: int, turn: int, without_frozen: bool = False) -> Packed:
+    def pack(self, bucket: int, turn: int) -> Packed:
         """Copy this rank's regions of a bucket to where senders want them; messages are on their way when it returns.
 
-        Regions that are exported or were copied on a device are complete then, for other processes too. ``without_frozen``: of a frozen
-        bucket checksums are all that is made.
+        Regions that are exported or were copied on a device are complete then, for other processes too.
         """
         nbytes = 0
-        is_frozen = bucket < self._num_frozen
-        for index, sender in enumerate(() if is_frozen and without_frozen else self._senders):
+        for index, sender in enumerate(self._senders):
             for step in sender.steps(bucket):
                 programs = self._bound(index, step)
                 with sender.sending(step):
@@ -185,6 +193,9 @@ class Packer:
         has_memory = all(t.untyped_storage().nbytes() > 0 or not t.numel() for t in self._buffers.values())
         for bucket, rounds in enumerate(self._rounds):
             self._sums.prepare(bucket, list(rounds), self._ranges, self._views(bucket))
+        if self._frozen:
+            self._sums.prepare(_FROZEN, [0], self._ranges, self._frozen_views)
+        for bucket in range(len(self._rounds)):
             for index, sender in enumerate(self._senders if has_memory else ()):
                 for step in sender.steps(bucket):
                     self._bound(index, step)
@@ -207,14 +218,28 @@ class Packer:
         turn = 1 if bucket < self._num_frozen else turn
         rounds = [number for number in rounds_in(self._verify, turn) if number in self._rounds[bucket]]
         same = [given for number in rounds for given in self._rounds[bucket][number].same]
-        made = [given for number in rounds for given in self._rounds[bucket][number].transformed]
         values = self._sums.begin(bucket, rounds, self._ranges, self._views(bucket)).values()
+        return (*_told(same, values), *self._sums_of_transformed(bucket, rounds))
+
+    def sum_up_frozen(self) -> tuple[Sum, ...]:
+        """Those of all frozen buckets, in a sync that sends none of them. Waits for the device."""
+        values = self._sums.begin(_FROZEN, [0], self._ranges, self._frozen_views).values()
+        made = [s for bucket in range(self._num_frozen) for s in self._sums_of_transformed(bucket, list(self._rounds[bucket]))]
+        return (*_told(self._frozen, values), *made)
+
+    def _sums_of_transformed(self, bucket: int, rounds: Sequence[int]) -> list[Sum]:
+        """A bucket at a time: elements as they arrive take memory."""
+        sums: list[Sum] = []
         for number in rounds:
-            arriving = self._arriving([r for _, r in self._rounds[bucket][number].transformed])
+            made = self._rounds[bucket][number].transformed
+            arriving = self._arriving([r for _, r in made])
             # An allocator gives a sync the memory that it gave the one before, more often than not.
-            values += self._sums_of_made.begin(bucket, [number], memory_ranges(arriving), _given(arriving)).values()
+            sums += _told(made, self._sums_of_made.begin(bucket, [number], memory_ranges(arriving), _given(arriving)).values())
         self._computed.clear()
-        return tuple(Sum(destination, r.number, value) for (destination, r), value in zip((*same, *made), values, strict=True))
+        return sums
+
+    def _frozen_views(self, number: int) -> list[torch.Tensor]:
+        return [self._view(r) for _, r in self._frozen]
 
     def _views(self, bucket: int) -> Views:
         return lambda number: [self._view(r) for _, r in self._rounds[bucket][number].same]
@@ -267,6 +292,11 @@ class Packer:
 
 def _is_declared(r: Region) -> bool:
     return bool(r.transform) and TRANSFORMS[r.transform].is_declared
+
+
+def _told(regions: Sequence[tuple[int, Region]], values: Sequence[int]) -> list[Sum]:
+    """Checksums for the destinations of these regions."""
+    return [Sum(destination, r.number, value) for (destination, r), value in zip(regions, values, strict=True)]
 
 
 def _given(views: Sequence[torch.Tensor]) -> Views:

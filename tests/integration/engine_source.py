@@ -77,8 +77,8 @@ def call_on_fill(syncer: WeightSyncer, call: Callable[[int], None]) -> None:
     packer = syncer._connection.packer
     pack = type(packer).pack
 
-    def wrapped(bucket: int, turn: int, without_frozen: bool) -> Packed:
+    def wrapped(bucket: int, turn: int) -> Packed:
         call(bucket)
-        return pack(packer, bucket, turn, without_frozen)
+        return pack(packer, bucket, turn)
 
     packer.pack = wrapped  # type: ignore[method-assign]

@@ -128,8 +128,8 @@ def test_a_bit_that_flips_on_its_way_is_found_in_the_engine_and_the_next_sync_he
         ring = syncer._endpoints.senders["shm"]
         assert isinstance(ring, RingSender)
 
-        def flipped(bucket: int, turn: int, without_frozen: bool) -> Packed:
-            packed = pack(bucket, turn, without_frozen)
+        def flipped(bucket: int, turn: int) -> Packed:
+            packed = pack(bucket, turn)
             if bucket == 1:
                 ring.slots()[1][0] ^= 1
             return packed
@@ -154,8 +154,8 @@ def test_checksums_may_follow_their_bucket_and_no_engine_commits_before_they_are
         packer, pack, sum_up = syncer._connection.packer, syncer._connection.packer.pack, syncer._connection.packer.sum_up
         flips = 0
 
-        def without_sums(bucket: int, turn: int, without_frozen: bool) -> Packed:
-            return Packed(pack(bucket, turn, without_frozen).nbytes, None)
+        def without_sums(bucket: int, turn: int) -> Packed:
+            return Packed(pack(bucket, turn).nbytes, None)
 
         def late(bucket: int, turn: int) -> tuple[m.Sum, ...]:
             time.sleep(0.1)

@@ -121,6 +121,51 @@ def test_versions_only_grow() -> None:
     assert "not newer than 5" in run.error().cause
 
 
+def test_buckets_that_are_not_sent_are_told_of_at_once() -> None:
+    """Thousands of experts lie in hundreds of them. They take no slots, so that those behind them may be filled at once."""
+    run = Run(num_frozen=3)
+    run.begin(1)
+    assert run.last("a0") == m.Writable(1, 2, all_joined=True)
+    run.transfer(1)
+    run.finish(1)
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Start(2, 2, without_frozen=True))
+        run.tell(f"w{rank}", m.Joined(2, 2))
+    assert run.last("a1") == m.Writable(2, 4, without_frozen=True, all_joined=True)
+    sums = tuple(m.Sum(0, region, region) for region in range(3))
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Filled(2, 2, 0, None))
+        run.tell(f"a{rank}", m.Summed(2, 2, sums if rank else ()))
+    assert run.last("w0") == m.Ready(2, 3, sums, without_frozen=True, buckets_summed=3)
+    for bucket, nbytes in ((2, 0), (3, 8)):
+        for rank in range(2 if nbytes else 0):
+            run.tell(f"a{rank}", m.Filled(2, bucket, nbytes))
+        for rank in range(2):
+            run.tell(f"w{rank}", m.Done(2, bucket))
+    run.finish(2)
+    assert (run.coordinator.phase, run.coordinator.version) == ("idle", 2)
+
+
+@pytest.mark.parametrize(
+    ("without", "message", "said"),
+    [
+        (False, m.Filled(2, 1, 0), "filled bucket 1, its turn is 0 and 2 are writable"),
+        (True, m.Filled(2, 3, 0), "filled bucket 3, its turn is 0 and 4 are writable"),
+        (True, m.Done(2, 2), "finished bucket 2, its turn is 0 and 0 are ready"),
+    ],
+)
+def test_no_message_speaks_for_buckets_that_are_sent(without: bool, message: m.FromPeer, said: str) -> None:
+    run = Run(num_frozen=3)
+    run.begin(1)
+    run.transfer(1)
+    run.finish(1)
+    for rank in range(2):
+        run.tell(f"a{rank}", m.Start(2, 2, without_frozen=without))
+        run.tell(f"w{rank}", m.Joined(2, 2))
+    run.tell("w0" if isinstance(message, m.Done) else "a0", message)
+    assert said in run.error().cause
+
+
 def test_nobody_fills_before_rank_0_has_said_whether_what_is_frozen_is_sent() -> None:
     """Its word counts, whatever the other ranks believe."""
     run = Run()

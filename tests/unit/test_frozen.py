@@ -97,8 +97,13 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def test_what_is_frozen_is_sent_once(made: Callable[..., Made], num_slots: int) -> None:
     actors, (engine,) = made(num_slots=num_slots)
     streams = 1 if actors.syncers[0]._plan.num_destinations == 1 else 2
+    packed = list[int]()
+    actors.sources[0].on_fill = packed.append
     for version in (1, 2, 3, 4):
+        packed.clear()
         report = actors.sync(version)
+        held = 0 if version == 1 else actors.syncers[0]._plan.num_frozen
+        assert packed == list(range(held, report.num_buckets)) and held < report.num_buckets
         assert holds(engine, version) and not holds(engine, version + 1)
         again = 0 if version == 1 else FROZEN_BYTES
         assert (report.bytes, report.held_bytes) == (streams * (NBYTES - again), streams * again)
