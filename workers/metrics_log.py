@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -148,8 +148,13 @@ class MetricsLog:
         if self._file.closed:
             return
         self._file.close()
-        for logger in self._loggers:
-            logger.close()
+        # The last that is pushed is the first; each also where one before it fails, as for want of a network.
+        with ExitStack() as stack:
+            stack.callback(self._draw)
+            for logger in reversed(self._loggers):
+                stack.callback(logger.close)
+
+    def _draw(self) -> None:
         with _explained(self.folder / self._plot.file):
             draw(self._history, self._plot, self.folder / self._plot.file)
 

@@ -48,6 +48,24 @@ def test_each_step_is_one_complete_line_at_once(tmp_path: Path) -> None:
     assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_logger_that_cannot_be_closed_keeps_no_other_open_and_the_plot_is_drawn(tmp_path: Path) -> None:
+    class Logger:
+        closed = False
+
+        def log(self, metrics: object, step: int) -> None: ...
+
+        def close(self) -> None:
+            self.closed = True
+            raise ConnectionError("no network")
+
+    log, loggers = MetricsLog(logger_config(tmp_path), {}), [Logger(), Logger()]
+    log._loggers += loggers
+    log.log(1, {"rollout/reward_scores": 0.5})
+    with pytest.raises(ConnectionError, match="no network"):
+        log.close()
+    assert all(logger.closed for logger in loggers) and (tmp_path / "rewards.png").is_file()
+
+
 def test_a_skipped_update_leaves_the_means_to_the_others(tmp_path: Path) -> None:
     with MetricsLog(logger_config(tmp_path), {}) as log:
         updates = [{"actor/grad_norm": math.nan, "actor/update_success": 0.0}, {"actor/grad_norm": 3.0, "actor/update_success": 1.0}]
