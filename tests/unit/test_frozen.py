@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from rlsync.coordinator.messages import ActorHello, Recorded, Reports
+from rlsync.coordinator.messages import ActorHello, Filled, FromPeer, Recorded, Reports
 from rlsync.errors import RlsyncError
 from rlsync.layout.geometry import Box, BufferSpec, Piece, Placement, TensorSpec, whole_tensors
 from rlsync.sync import syncer
@@ -93,17 +93,31 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         each.close()
 
 
+def _filled(actors: Actors) -> list[int]:
+    """Buckets that the first rank says are filled, from now on."""
+    connection, told = actors.syncers[0]._connection, list[int]()
+    assert connection is not None
+    send = connection.peer.send
+
+    def noted(message: FromPeer) -> None:
+        if isinstance(message, Filled):
+            told.append(message.bucket)
+        send(message)
+
+    connection.peer.send = noted  # type: ignore[method-assign]
+    return told
+
+
 @pytest.mark.parametrize("num_slots", [1, 3])
 def test_what_is_frozen_is_sent_once(made: Callable[..., Made], num_slots: int) -> None:
     actors, (engine,) = made(num_slots=num_slots)
     streams = 1 if actors.syncers[0]._plan.num_destinations == 1 else 2
-    packed = list[int]()
-    actors.sources[0].on_fill = packed.append
+    told = _filled(actors)
     for version in (1, 2, 3, 4):
-        packed.clear()
+        told.clear()
         report = actors.sync(version)
         held = 0 if version == 1 else actors.syncers[0]._plan.num_frozen
-        assert packed == list(range(held, report.num_buckets)) and held < report.num_buckets
+        assert told == [*([held - 1] if held else []), *range(held, report.num_buckets)], "of what is not sent by one message"
         assert holds(engine, version) and not holds(engine, version + 1)
         again = 0 if version == 1 else FROZEN_BYTES
         assert (report.bytes, report.held_bytes) == (streams * (NBYTES - again), streams * again)
