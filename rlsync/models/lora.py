@@ -65,6 +65,8 @@ _TIED = (
 )
 # Rules of matrices of which engines compute with products that they made of the weight alone.
 _ABSORBED = frozenset({"self_attention.linear_kv_up_proj.weight"})
+# By architecture: a projection of Hugging Face's that vLLM's class knows as two, whose adapter it does not load.
+_DIVIDED: Mapping[str, str] = {"Glm4ForCausalLM": "gate_up_proj"}
 # What names in PEFT's files begin with: its wrapper around the model. None of the names below has it.
 PREFIX = "base_model.model."
 # What follows the name of a module in that of its factors.
@@ -327,6 +329,7 @@ def check_beside_base(model: Model, adapters: Adapters) -> list[str]:
         _of_towers(model, adapters),
         _of_parts_of_experts(model, adapters),
         _of_absorbed(model, adapters),
+        _of_divided(model, adapters),
     ]
     return [f"{finding}, or set weight_sync.lora to merged" for finding in findings if finding is not None]
 
@@ -368,6 +371,17 @@ def _of_absorbed(model: Model, adapters: Adapters) -> str | None:
     return (
         f"{len(absorbed)} layers have adapters of {_last_names(absorbed)[0]}, as {absorbed[0]}: engines of latent attention answer from "
         "products of its weight alone, and would leave them out; name it in exclude_modules"
+    )
+
+
+def _of_divided(model: Model, adapters: Adapters) -> str | None:
+    divided = _DIVIDED.get(model.architecture)
+    found = [module for module in adapters.modules if module.rpartition(".")[2] == divided]
+    if not found:
+        return None
+    return (
+        f"{len(found)} layers have adapters of {divided}, as {found[0]}: vLLM has slots for those of two projections in its place; name "
+        "it in exclude_modules"
     )
 
 

@@ -207,6 +207,14 @@ def test_beside_the_base_go_adapters_of_whole_experts_and_of_language_models_alo
     assert "blocks.0.attn.qkv has an adapter" in said and "name it in exclude_modules" in said
 
 
+def test_adapters_that_engines_would_divide_are_not_sent_beside_the_base() -> None:
+    """vLLM's GLM-4 has slots for a gate_proj and an up_proj, and ends in an IndexError over the adapter of both in one."""
+    model = model_of({**tiny_config("glm4").to_dict(), "architectures": ["Glm4ForCausalLM"]})
+    (said,) = check_beside_base(model, adapters_of(model, LoraSpec(4, 8)))
+    assert said.startswith("4 layers have adapters of gate_up_proj, as ") and "weight_sync.lora to merged" in said
+    assert check_beside_base(model, adapters_of(model, LoraSpec(4, 8, exclude_modules=("gate_up_proj",)))) == []
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "moonlight"])
 def test_adapters_that_engines_of_latent_attention_would_leave_out_are_not_sent_beside_the_base(family: str) -> None:
     model = model_of({**tiny_config(family).to_dict(), "architectures": ["DeepseekV3ForCausalLM"]})
