@@ -12,7 +12,7 @@ import msgspec
 import zmq
 
 from rlsync.coordinator import messages as m
-from rlsync.errors import WeightSyncError
+from rlsync.errors import RlsyncError, WeightSyncError
 
 _log = logging.getLogger(__name__)
 # The coordinator's deadline comes first, and names the peer that is late; a peer's own, so much later, is for a coordinator that is gone.
@@ -33,11 +33,16 @@ class Peer:
 
     ``receive`` returns messages of the given attempt and raises the error that the coordinator sends to all peers.
 
+    Raises RlsyncError for a hello that is larger than ``MAX_HELLO_BYTES``.
+
     Attributes:
         heard_s: value of ``time.monotonic`` when the coordinator was last heard, or the connection made.
     """
 
     def __init__(self, endpoint: str, hello: m.ActorHello | m.WorkerHello) -> None:
+        size = len(m.encode(hello))
+        if size > m.MAX_HELLO_BYTES:
+            raise RlsyncError(f"a first message of {size:,} bytes, and actor rank 0 reads {m.MAX_HELLO_BYTES:,} of one")
         self._endpoint = endpoint
         # The process's shared context: one of its own would wait for its sockets when the collector takes both.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)

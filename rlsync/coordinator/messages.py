@@ -406,8 +406,8 @@ class Error(Message):
 
 
 MAX_MESSAGE_BYTES = 256 * 2**20
-# A first message is a hello; a larger one comes from a stranger.
-MAX_HELLO_BYTES = 16 * 2**10
+# A first message is a hello; a larger one comes from a stranger. An actor rank's may name a frozen range in each of 100,000 experts.
+MAX_HELLO_BYTES = 2**20
 
 FromPeer = (
     WorkerHello | ActorHello | Recorded | Planned | Attached | Answered | Start | Exported | Filled | Summed | Joined | Done | Loaded

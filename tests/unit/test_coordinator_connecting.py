@@ -58,6 +58,7 @@ def test_shares_are_as_many_as_there_are_members_and_come_after_them() -> None:
         ("a1", actor(1, digest="another"), ("digest", "another", "actor rank 1")),
         ("a1", actor(1, world_size=3), ("3 actor ranks", "counts 2")),
         ("w1", worker(1, engine_id="e7"), ("nobody expects", "e0")),
+        ("w1", worker(1, world_size=3), ("world size 3", "announced 2 workers")),
         ("w1", worker(0, world_size=4, worker_rank=3), ("world size 4", "2 workers")),
     ],
 )
@@ -126,3 +127,10 @@ def test_decoding_is_strict() -> None:
     ):
         with pytest.raises(msgspec.MsgspecError):
             m.decode_from_peer(bad)
+
+
+def test_a_rank_that_trains_two_of_three_tensors_of_every_expert_is_let_in() -> None:
+    """Ranges as many as experts: Qwen3-30B-A3B on one rank, with adapters of the first layer of each expert alone."""
+    run, frozen = Run(connected=False), tuple((3 * number + 2, 3 * number + 3) for number in range(48 * 128))
+    run.tell("a0", actor(0, frozen=frozen))
+    assert run.coordinator.process_of(b"a0") == (100, "pids")

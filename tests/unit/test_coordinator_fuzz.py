@@ -85,8 +85,9 @@ def test_sizes_are_bounded(message: m.Message) -> None:
 
 def test_a_stranger_is_not_read_beyond_the_size_of_a_hello() -> None:
     run = Run(connected=False)
-    big = m.encode(RECORDED) + b"\x00" * m.MAX_HELLO_BYTES
-    run.coordinator.receive(b"stranger", big, 1.0)
+    # It would be let in: its token is the right one.
+    run.coordinator.receive(b"stranger", m.encode(worker(0, gpu_uuid="x" * m.MAX_HELLO_BYTES)), 1.0)
+    assert run.coordinator.process_of(b"stranger") is None and run.sent == {}
     run.coordinator.receive(b"stranger", m.encode(worker(0, vllm_version="x" * 900)), 1.0)
     assert run.coordinator.process_of(b"stranger") == (200, "pids")
 

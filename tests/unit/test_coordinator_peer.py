@@ -15,12 +15,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
 import zmq
 
 from rlsync.coordinator import messages as m
 from rlsync.coordinator.client import Peer
 from rlsync.coordinator.server import CoordinatorServer
+from rlsync.errors import RlsyncError
 from tests.deadlines import HANG_S
 
 HELLO = m.ActorHello("", "", 0, 1, "", "", "", 1, None, "")
@@ -135,3 +137,10 @@ def test_the_kernel_probes_both_ends_of_an_idle_connection(server: tuple[Coordin
     # In hundredths of a second: within the few minutes after which firewalls forget a connection.
     assert all(int(timer[3:], 16) <= 6100 for timer in timers), timers
     peer.close()
+
+
+def test_a_hello_that_nobody_would_read_is_refused_where_it_is_made() -> None:
+    """Its sender would otherwise be missed until the deadline of the phase."""
+    hello = msgspec.structs.replace(HELLO, frozen=tuple((2 * number, 2 * number + 1) for number in range(200_000)))
+    with pytest.raises(RlsyncError, match=r"a first message of [\d,]+ bytes, and actor rank 0 reads 1,048,576 of one"):
+        Peer("tcp://127.0.0.1:1", hello)

@@ -141,3 +141,25 @@ def test_nothing_of_a_sync_is_begun_after_it_has_failed_elsewhere(gate: Gate) ->
     assert begun == ["update"]
     sync_gated(gate, Handle(), order(5), partial(pause, "sync 5"))
     assert begun == ["update", "update", "resume"] and gate.version == 5
+
+
+def test_a_resume_that_ends_after_its_sync_has_failed_opens_nothing(gate: Gate) -> None:
+    """It is in a thread of its own, and the engine may be in its next sync by then."""
+    gate.begin_sync("first", 60)
+    ticket = gate.ticket("first")
+    gate.shut("another engine failed", "first")
+    with pytest.raises(EngineDirtyError, match="another engine failed"):
+        gate.commit(ticket, 3)
+    gate.begin_sync("second", 60)
+    with pytest.raises(EngineDirtyError):
+        gate.commit(ticket, 3)
+    assert (gate.state, gate.version) == ("syncing", None)
+
+
+def test_a_pause_that_comes_behind_the_failure_of_its_sync_is_refused(gate: Gate) -> None:
+    gate.shut("another engine failed", "first")
+    with pytest.raises(EngineDirtyError, match="another engine failed"):
+        gate.begin_sync("first", 60)
+    assert gate.state == "dirty"
+    gate.begin_sync("second", 60)
+    assert gate.state == "syncing"
