@@ -144,3 +144,27 @@ def test_a_hello_that_nobody_would_read_is_refused_where_it_is_made() -> None:
     hello = msgspec.structs.replace(HELLO, frozen=tuple((2 * number, 2 * number + 1) for number in range(200_000)))
     with pytest.raises(RlsyncError, match=r"a first message of [\d,]+ bytes, and actor rank 0 reads 1,048,576 of one"):
         Peer("tcp://127.0.0.1:1", hello)
+
+
+def test_what_a_process_said_last_is_heard_before_its_end() -> None:
+    """It says why it ended, and may have arrived since the server looked."""
+    heard: list[str] = []
+
+    class Served(Hearing):
+        def receive(self, identity: bytes, raw: bytes, now_s: float) -> None:
+            heard.append("message")
+
+        def lose(self, identity: bytes) -> None:
+            heard.append("end")
+
+    server, ended, poller = CoordinatorServer("127.0.0.1", 1), os.eventfd(0), zmq.Poller()
+    peer = Peer(server.endpoint, HELLO)
+    try:
+        assert server._socket.poll(HANG_S * 1000)
+        poller.register(ended, zmq.POLLIN)
+        server._pidfds[ended] = b"peer"
+        server._bury(Served(), poller, ended)
+    finally:
+        peer.close()
+        server.stop()
+    assert heard == ["message", "end"]
