@@ -44,7 +44,7 @@ class Ranks:
     def from_environment(cls, *, silence_s: float = SILENCE_S) -> Ranks:
         """As torchrun says it, or whatever else sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; alone where nothing does.
 
-        Raises ConfigError where some are missing, or the others are not found.
+        Raises ConfigError where some are missing or none of a group, or the others are not found.
         """
         there = [name for name in _ENVIRONMENT if name in os.environ]
         if "WORLD_SIZE" not in there or os.environ["WORLD_SIZE"] == "1":
@@ -52,6 +52,9 @@ class Ranks:
         if len(there) < len(_ENVIRONMENT):
             absent = ", ".join(sorted(set(_ENVIRONMENT) - set(there)))
             raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, and {absent} not there; start with torchrun")
+        said = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        if not all(word.isascii() and word.isdigit() for word in said) or int(said[0]) >= int(said[1]):
+            raise ConfigError(f"RANK is {said[0]} and WORLD_SIZE {said[1]} in the environment, and ranks count from 0; start with torchrun")
         try:
             store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SILENCE_S)))
         except (RuntimeError, ValueError) as error:

@@ -11,6 +11,7 @@ from torch.distributed import HashStore
 from rlsync.convert.ranks import Ranks
 from rlsync.errors import CheckpointError, ConfigError
 from tests.deadlines import HANG_S
+from tests.ranks import free_port
 
 
 def test_every_file_is_filled_by_one_process_and_none_has_much_more_than_another():
@@ -67,3 +68,11 @@ def test_an_environment_that_lacks_something_is_refused_by_name(monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 2 in the environment, and MASTER_ADDR, MASTER_PORT, RANK not there"):
         Ranks.from_environment()
+
+
+@pytest.mark.parametrize(("rank", "size"), [("3", "2"), ("-1", "2"), ("0", "0"), ("x", "2")])
+def test_a_rank_of_no_group_is_refused_instead_of_waited_for(monkeypatch, rank, size) -> None:
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"RANK is {rank} and WORLD_SIZE {size} in the environment, and ranks count from 0"):
+        Ranks.from_environment(silence_s=1)
