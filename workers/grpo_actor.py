@@ -147,7 +147,7 @@ class GrpoRank(ActorRank):
             microbatches.append(collate([samples[index] for index in cut]))
             if routes is not None:
                 microbatches[-1][ROUTES] = padded_routes([routes[index] for index in cut], microbatches[-1]["tokens"].size(1))
-        scored = token_scores(self._models, microbatches, temperature=self._temperature(), routing=routing, **self._passes)
+        scored = token_scores(self._models, microbatches, routing=routing, **self._distribution(), **self._passes)
         found = [scores.log_probs.cpu() for scores in scored]
         taken = [] if routing is None else [routing.taken(i, *m["tokens"].shape) for i, m in enumerate(microbatches)]
         places = {index: (number, row) for number, cut in enumerate(cuts) for row, index in enumerate(cut)}
@@ -167,9 +167,13 @@ class GrpoRank(ActorRank):
         finally:
             self._write(current)
 
-    def _temperature(self) -> float:
-        sampling = self._config.algorithm.sampling_params
-        return sampling.temperature if sampling.do_sample else 1.0
+    def _distribution(self) -> dict[str, Any]:
+        """That of which engines draw, as ``sampling_arguments`` has it."""
+        sampling, vision = self._config.algorithm.sampling_params, self._bridge.model.vision
+        return {
+            "temperature": sampling.temperature if sampling.do_sample else 1.0,
+            "never_drawn": () if vision is None else vision.placeholders,
+        }
 
     # Training.
 
@@ -189,8 +193,8 @@ class GrpoRank(ActorRank):
                 options, num_tokens if options.loss_agg_func == "token-mean" else num_sequences, algorithm.calculate_entropy
             )
             result = train_step(
-                self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler, temperature=self._temperature(),
-                routing=self._routing if self._routes is not None else None, **self._passes,
+                self._models, self._optimizer, microbatches, objective, scheduler=self._scheduler,
+                routing=self._routing if self._routes is not None else None, **self._distribution(), **self._passes,
             )  # fmt: skip
             metrics.append(update_metrics(result))
         self._old_logprobs = self._reference_logprobs = self._routes = None

@@ -55,7 +55,7 @@ def read_picture_tokens(folder: Path, key: str) -> frozenset[int]:
     """Ids of the tokens that stand for pictures and videos in a vision-language model's prompts; none of a model of text. Raises
     ConfigError; ``key`` names the folder there."""
     vision = model_of(read_hf_config(folder, key)).vision
-    return frozenset() if vision is None else frozenset((vision.image_token_id, vision.video_token_id))
+    return frozenset() if vision is None else frozenset(vision.placeholders)
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:

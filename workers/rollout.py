@@ -106,11 +106,10 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
 def sampling_arguments(config: RunConfig, *, model: Model, stop_token_ids: Sequence[int], validation: bool = False) -> dict[str, Any]:
     """Fields of ``vllm.SamplingParams`` for the rollouts of a run; ``n`` is 1 where greedy, as all samples would be the same.
 
-    ``validation``: for one greedy response to each prompt, without log-probabilities. Tokens that stand for pictures are never drawn:
-    there would be no picture to score them by.
+    ``validation``: for one greedy response to each prompt, without log-probabilities. Tokens that stand for pictures are never drawn.
     """
     vision = model.vision
-    never = {} if vision is None else dict.fromkeys((vision.image_token_id, vision.video_token_id), _NEVER)
+    never = {} if vision is None else dict.fromkeys(vision.placeholders, _NEVER)
     sampling = config.algorithm.sampling_params
     greedy = validation or not sampling.do_sample
     return {

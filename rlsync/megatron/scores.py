@@ -23,6 +23,8 @@ from rlsync.models.memory import CHUNK_TOKENS
 
 # Of a piece of rows: float32 temporaries of 256 MiB each, and where compiled functions make none, offsets of 32 bits.
 _PIECE_ELEMENTS = 64 * 2**20
+# A logit of what is never drawn: float16 has it, and its exponential is 0 at any temperature up to 90.
+_NEVER = -1e4
 _COMPILED_PIECE_ELEMENTS = 2**30
 
 
@@ -51,6 +53,7 @@ class Scoring:
         targets: (B, S) int64, for each position the token that is scored there, the same on all tp_ranks.
         vocab_size: columns of the output layer from here on are padding and take no probability.
         temperature: divides the logits.
+        never_drawn: tokens that take no probability either, because whoever samples leaves them out.
         chunk_tokens: positions of which logits exist at once. Those of more are computed again in the backward pass.
         found: after the pass, of each position: log-probability and entropy, (B, S) float32, and whether the target is likeliest. Apart
             from one another, so that what a loss does not read has no gradient to be computed.
@@ -59,6 +62,7 @@ class Scoring:
     targets: Tensor
     vocab_size: int
     temperature: float = 1.0
+    never_drawn: tuple[int, ...] = ()
     chunk_tokens: int = CHUNK_TOKENS
     found: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -145,13 +149,15 @@ class _VocabularyParallelScores(torch.autograd.Function):
         group, targets = parallel_state.get_tensor_model_parallel_group(), scoring.targets.t().reshape(-1)
         width = weight.size(0)
         start = dist.get_rank(group) * width
-        columns = _Columns(start, max(0, min(width, scoring.vocab_size - start)), scoring.temperature)
+        used = max(0, min(width, scoring.vocab_size - start))
+        without = tuple(token - start for token in scoring.never_drawn if 0 <= token - start < used)
+        columns = _Columns(start, used, scoring.temperature, without)
         chunks = _slices(hidden.size(0), scoring.chunk_tokens)
         peak = torch.full((hidden.size(0),), -torch.inf, dtype=torch.float32, device=hidden.device)
         sums = torch.zeros(3, hidden.size(0), dtype=torch.float32, device=hidden.device)
         logits = hidden.new_empty(0)
         for chunk in chunks:
-            logits = _logits(hidden, weight, low, b, chunk)
+            logits = columns.without(_logits(hidden, weight, low, b, chunk))
             columns.add_up(logits, targets[chunk], peak[chunk], sums[:, chunk])
         own_peak = peak.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
@@ -182,7 +188,7 @@ class _VocabularyParallelScores(torch.autograd.Function):
         of_weight: Tensor | None = None
         of_b: Tensor | None = None
         for chunk in ctx.chunks:
-            logits = kept[0] if kept else _logits(hidden, weight, low, b, chunk)
+            logits = kept[0] if kept else ctx.columns.without(_logits(hidden, weight, low, b, chunk))
             ctx.columns.to_gradient(
                 logits,
                 targets[chunk],
@@ -221,7 +227,8 @@ def _summed_gradient(found: Tensor, before: Tensor | None, main_grad: Tensor | N
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """The columns of the vocabulary on this rank: tokens ``start`` to ``start + used``. Logits are divided by ``temperature``.
+    """The columns of the vocabulary on this rank: tokens ``start`` to ``start + used``. Logits are divided by ``temperature``; columns
+    ``never`` take no probability, and their logits no gradient.
 
     An operation on the logits of a chunk reads and writes gigabytes: there are as few as can be.
     """
@@ -229,6 +236,14 @@ class _Columns:
     start: int
     used: int
     temperature: float
+    never: tuple[int, ...]
+
+    def without(self, logits: Tensor) -> Tensor:
+        """The same tensor, in which tokens that are never drawn are unlikely beyond float32; not infinitely so, of which entropies and
+        gradients would become nan."""
+        for column in self.never:
+            logits[:, column] = _NEVER
+        return logits
 
     def local(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Column of each target on this rank, and whether it is here at all (column 0 where not)."""
@@ -265,6 +280,8 @@ class _Columns:
             column, here = self.local(targets[piece])
             own = of_entropy if of_entropy is None else of_entropy[piece]
             _fused(_to_gradient, rows)(rows, column, here, normaliser[piece], entropy[piece], weight, own, self.temperature)
+        for index in self.never:
+            logits[:, index] = 0.0
 
     def _pieces(self, logits: Tensor) -> Sequence[slice]:
         """Slices over the rows; none when this rank holds padding columns only."""

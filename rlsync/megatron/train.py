@@ -89,6 +89,7 @@ def train_step(
     *,
     scheduler: OptimizerParamScheduler | None = None,
     temperature: float = 1.0,
+    never_drawn: Sequence[int] = (),
     routing: Routing | None = None,
     packing: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -108,6 +109,7 @@ def train_step(
         loss: see ``TokenLoss``.
         scheduler: advanced by one when the step was not skipped.
         temperature: divides the logits that ``loss`` sees.
+        never_drawn: tokens that take no probability in them, because whoever samples leaves them out (vLLM's ``logit_bias``).
         routing: of these chunks; tokens then go to the experts that a microbatch's ``routes`` (B, S, layers with experts, topk) name.
         packing: the model gets the rows of a microbatch one after the other, without the padding behind their ``lengths`` (B,) int64;
             losses, metrics and gradients are the same, but for balancing losses, in which padding counts.
@@ -136,7 +138,7 @@ def train_step(
         return value * scale, {"loss": value.detach(), **{name: metric.detach() for name, metric in metrics.items()}}
 
     clear_aux_losses_tracker()
-    how = _How(temperature, chunk_tokens, packing)
+    how = _How(temperature, tuple(never_drawn), chunk_tokens, packing)
     with _own_gradients():
         collected = _run(models, microbatches, differentiate, how, forward_only=False, routing=routing)
     balancing = _balancing(models, _padded_count(models, len(microbatches)))
@@ -175,6 +177,7 @@ def token_scores(
     microbatches: Sequence[Microbatch],
     *,
     temperature: float = 1.0,
+    never_drawn: Sequence[int] = (),
     routing: Routing | None = None,
     packing: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -186,7 +189,7 @@ def token_scores(
         microbatches: each with ``tokens`` (B, S) int64, right-padded, and pictures as in ``train_step``; equal on the ranks of one
             data-parallel replica.
         temperature: divides the logits.
-        routing: as in ``train_step``; afterwards ``routing.taken`` has the routes that were taken.
+        never_drawn, routing: as in ``train_step``; afterwards ``routing.taken`` has the routes that were taken.
         packing, chunk_tokens: as in ``train_step``; no logits are computed twice.
 
     Returns:
@@ -198,7 +201,7 @@ def token_scores(
         return torch.stack((scores.log_probs, scores.entropy, scores.likeliest))
 
     with _evaluating(models):
-        how = _How(temperature, chunk_tokens, packing)
+        how = _How(temperature, tuple(never_drawn), chunk_tokens, packing)
         collected = _run(models, microbatches, score, how, forward_only=True, routing=routing)
     shapes = [(3, *microbatch["tokens"].shape) for microbatch in microbatches]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=compute_device())
@@ -232,6 +235,7 @@ class _How:
     """How microbatches are scored; see ``train_step``."""
 
     temperature: float
+    never_drawn: tuple[int, ...]
     chunk_tokens: int
     packing: bool
 
@@ -320,7 +324,7 @@ def _forward(
     scored: AbstractContextManager[None] = nullcontext()
     scoring: Scoring | None = None
     if how is not None and chunk.post_process:
-        scoring = Scoring(passed.targets, passed.vocab_size, how.temperature, how.chunk_tokens)
+        scoring = Scoring(passed.targets, passed.vocab_size, how.temperature, how.never_drawn, how.chunk_tokens)
         scored = chunk.output_layer.scoring(scoring)
     with routed, scored:
         output = model(input_ids=passed.tokens, attention_mask=None, **passed.arguments)

@@ -236,6 +236,11 @@ class Vision:
     tower: str
 
     @property
+    def placeholders(self) -> tuple[int, int]:
+        """Ids of the tokens that stand for pictures and for videos. No policy may draw them: there would be none to score them by."""
+        return self.image_token_id, self.video_token_id
+
+    @property
     def patch_dim(self) -> int:
         """Numbers in a patch: columns of ``pixel_values``."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.models import VOCAB_SIZE
-from tests.vision_models import IMAGE, VISION_START, row
+from tests.vision_models import IMAGE, VIDEO, VISION_START, row
 from workers.algorithms import aggregation_denominator, correct_importance, policy_loss
 from workers.config import RunConfig, load_config
 from workers.samples import Sample, collate, mini_batches, with_advantages
@@ -145,7 +145,11 @@ def _scores(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
     pictures: dict[str, Tensor] = {name: batch[name] for name in PICTURES if name in batch}
     if pictures:
         pictures["mm_token_type_ids"] = (tokens == IMAGE).long()
-    distribution = (model(tokens, **pictures).logits.float() / TEMPERATURE).log_softmax(dim=-1)[:, :-1]
+    logits = model(tokens, **pictures).logits.float()
+    if hasattr(model.config, "vision_config"):
+        # As engines draw: what stands for pictures has no probability.
+        logits[..., [IMAGE, VIDEO]] = -1e9
+    distribution = (logits / TEMPERATURE).log_softmax(dim=-1)[:, :-1]
     log_probs = distribution.gather(-1, tokens[:, 1:, None])[..., 0]
     entropy = -(distribution.exp() * distribution).sum(dim=-1)
     return tuple(torch.nn.functional.pad(values, (1, 0)) for values in (log_probs, entropy))

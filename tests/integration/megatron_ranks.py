@@ -457,7 +457,11 @@ def scores_equal_softmax(tp_size: int) -> None:
         matrix = torch.randn(padded, 8, generator=generator).requires_grad_()
         tokens = torch.randint(0, vocab_size, (2, 6), generator=generator)
         weights = torch.randn(2, 2, 6, generator=generator)
-        distribution = ((hidden @ matrix.t())[..., :vocab_size] / 0.7).log_softmax(dim=-1)
+        logits = (hidden @ matrix.t())[..., :vocab_size]
+        # Of the first rank, of the second where that has more than padding, and one beyond the vocabulary.
+        never = (2, vocab_size - 1, vocab_size)
+        logits[..., never[:2]] = -1e4
+        distribution = (logits / 0.7).log_softmax(dim=-1)
         log_probs, entropy = distribution.gather(-1, tokens[..., None])[..., 0], -(distribution.exp() * distribution).sum(dim=-1)
         of_hidden, of_matrix = torch.autograd.grad((log_probs * weights[0] + entropy * weights[1]).sum(), (hidden, matrix))
 
@@ -471,7 +475,7 @@ def scores_equal_softmax(tp_size: int) -> None:
         if main_grad is not None:
             ours[1].main_grad = main_grad
         with mock.patch.object(scores_module, "_PIECE_ELEMENTS", piece), _Largest() as seen:
-            found = score_hidden(*ours, Scoring(tokens.to(device), vocab_size, 0.7, chunk_tokens))
+            found = score_hidden(*ours, Scoring(tokens.to(device), vocab_size, 0.7, never, chunk_tokens))
             value = sum((part.view(6, 2).t() * weight.to(device)).sum() for part, weight in zip(found[:2], weights, strict=True))
             gradients = torch.autograd.grad(value, ours)
         if vocab_size == 61:
