@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
 from itertools import takewhile
+from types import ModuleType
 
 
 def count_gpus() -> int:
@@ -54,13 +56,8 @@ def device_memory_gb(visible: str | None = None) -> float | None:
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible
     if not names:
         return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except (ImportError, OSError, RuntimeError):
-        return None
-    except pynvml.NVMLError:
+    pynvml = _nvml()
+    if pynvml is None:
         return None
     try:
         handles = [
@@ -70,5 +67,17 @@ def device_memory_gb(visible: str | None = None) -> float | None:
         return max(pynvml.nvmlDeviceGetMemoryInfo(handle).used for handle in handles) / 1e9
     except pynvml.NVMLError:
         return None
-    finally:
-        pynvml.nvmlShutdown()
+
+
+@cache
+def _nvml() -> ModuleType | None:
+    """NVML, which this process keeps: every rank and engine asks it in every step, and to begin it looks at all GPUs of the host."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except (ImportError, OSError, RuntimeError):
+        return None
+    except pynvml.NVMLError:
+        return None
+    return pynvml

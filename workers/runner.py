@@ -248,6 +248,8 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         try:
             with timed(seconds, "time/step"):
                 metrics, updates = self._step(step, seconds)
+                with timed(seconds, "time/memory"):
+                    memory = self._group.memory()
         except GradientError as error:
             raise GradientError(f"step {step}: {error}") from error
         # One save at a time: the copies of all are in the same memory.
@@ -266,7 +268,7 @@ class Runner(ABC, Generic[ConfigT, PreparedT]):
         finally:
             # Also where the validation fails: the step's checkpoint is complete by then, and a resume goes on behind it.
             speeds = self._speeds(metrics, seconds)
-            self._screen.step(step, log.log(step, {**metrics, **speeds, **self._group.memory(), **seconds, **validation}, updates))
+            self._screen.step(step, log.log(step, {**metrics, **speeds, **memory, **seconds, **validation}, updates))
         if validation:
             self._screen.validation(step, validation)
 
