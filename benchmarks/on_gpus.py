@@ -113,6 +113,11 @@ ROWS: dict[str, Row] = {
     "sync-vlm-7b": Row(f"{_BENCH} {{configs}}/qwen2.5-vl-7b --actor tp=2 --rollout tp=2 --steps 10 --peers none", 2),
     "lora-7b": Row(f"{_BENCH} qwen2.5-7b --lora 32 --steps 10 --warmup 3", 1),
     "lora-30b": Row(f"{_BENCH} {{configs}}/qwen3-30b-a3b-16.json --lora 32 --steps 5 --warmup 2", 1),
+    "lora-30b-whole": Row(
+        f"{_BENCH} qwen3-30b-a3b --lora 32 --actor tp=2,ep=2 --rollout tp=2 --steps 4 --warmup 2 --peers none "
+        f"--bucket-bytes {2**28},{2**30}",
+        2,
+    ),
     "merging-7b": Row("benchmarks.merging", 1),
     "merging-30b": Row("benchmarks.merging --shapes '30B-A3B, experts of 16 layers'", 1),
     # Training.

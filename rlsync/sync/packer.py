@@ -231,7 +231,8 @@ class Packer:
         """A bucket at a time: elements as they arrive take memory."""
         sums: list[Sum] = []
         for number in rounds:
-            made = self._rounds[bucket][number].transformed
+            if not (made := self._rounds[bucket][number].transformed):
+                continue
             arriving = self._arriving([r for _, r in made])
             # An allocator gives a sync the memory that it gave the one before, more often than not.
             sums += _told(made, self._sums_of_made.begin(bucket, [number], memory_ranges(arriving), _given(arriving)).values())

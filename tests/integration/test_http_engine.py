@@ -478,7 +478,15 @@ def test_adapters_alone_are_synced_to_a_server_and_requests_end_on_the_version_t
         source.take(adapters[4])
         assert syncer._connection is not None
         last = syncer._connection.num_buckets - 1
-        call_on_fill(syncer, lambda bucket: 1 // 0 if bucket == last else None)
+
+        def fails(bucket: int) -> None:
+            """Once the server is paused: before, its requests would be ended."""
+            if bucket == last:
+                while not ask(adapted, "GET", "/is_paused")["is_paused"] or engine._may_answer:
+                    time.sleep(0.01)
+                _ = 1 // 0
+
+        call_on_fill(syncer, fails)
         with pytest.raises(WeightSyncError, match="by zero"):
             syncer.sync(4)
         with pytest.raises(EngineDirtyError, match="by zero"):

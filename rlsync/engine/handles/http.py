@@ -248,7 +248,6 @@ class HttpEngine:
         # Without a word from the actor a sync that hangs is a sync that failed; three phases may follow the pause.
         self._gate.begin_sync(sync, 5 * timeout_s)
         self._calls.run(self._pause(mode, timeout_s), timeout_s)
-        self._may_answer = False
 
     async def _pause(self, mode: PauseMode, timeout_s: float) -> None:
         limit_s = timeout_s / 2  # so that adapters say what they wait for, and not the deadline of the phase
@@ -260,6 +259,7 @@ class HttpEngine:
         # Requests that came to a paused server wait for its next complete sync; abort would end them unanswered.
         is_paused = (await self._server.ask("is_paused", timeout_s))["is_paused"]
         await self._server.ask("pause", timeout_s, query=f"?mode={'keep' if is_paused else mode}&clear_cache=false")
+        self._may_answer = False
         if self._adapters is not None:
             await self._adapters.make_room(limit_s)
 
