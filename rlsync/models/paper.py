@@ -154,7 +154,8 @@ class FusedQKV:
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """(q, k, v) as one tensor in a vision tower, where all have as many heads: each rank's queries, then its keys, then its values."""
+    """(q, k, v) as one tensor in a vision tower, where all have as many heads: a rank's queries, then its keys, then its values
+    (QKVParallelLinear)."""
 
     def local(self, shapes: Sequence[Shape], rank: int, size: int, dims: Mapping[str, int]) -> LocalLayout:
         heads = {"num_heads": dims["vision_heads"], "num_groups": dims["vision_heads"]}
@@ -210,13 +211,13 @@ def _tower_mlp(kind: str) -> Held:
     return Held(f"{_BLOCK}mlp.gate_up_proj.{kind}", tuple(f"{_BLOCK}mlp.{x}_proj.{kind}" for x in ("gate", "up")), GatedColumn())
 
 
-def _first(name: str) -> tuple[Held, Held]:
-    """A linear layer whose rows are cut."""
+def _column_parallel(name: str) -> tuple[Held, Held]:
+    """Weight and bias of a ColumnParallelLinear."""
     return _same(f"{name}.weight", Column()), _same(f"{name}.bias", Column())
 
 
-def _second(name: str) -> tuple[Held, Held]:
-    """One whose columns are cut, after such a one."""
+def _row_parallel(name: str) -> tuple[Held, Held]:
+    """Weight and bias of a RowParallelLinear, whose bias every rank has."""
     return _same(f"{name}.weight", Row()), _same(f"{name}.bias", Replicated())
 
 
@@ -224,16 +225,16 @@ _TOWER = (
     *(_same(f"visual.{x}", Replicated()) for x in ("patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed.weight")),
     *(_same(f"{_BLOCK}{norm}.{kind}", Replicated()) for norm in ("norm1", "norm2") for kind in ("weight", "bias")),
     *(_same(f"{_BLOCK}attn.qkv.{kind}", Heads()) for kind in ("weight", "bias")),
-    *_second(f"{_BLOCK}attn.proj"),
+    *_row_parallel(f"{_BLOCK}attn.proj"),
     *(_tower_mlp(kind) for kind in ("weight", "bias")),
-    *_second(f"{_BLOCK}mlp.down_proj"),
+    *_row_parallel(f"{_BLOCK}mlp.down_proj"),
     _same("visual.merger.ln_q.weight", Replicated()),
-    *_first("visual.merger.mlp.0"),
-    *_second("visual.merger.mlp.2"),
+    *_column_parallel("visual.merger.mlp.0"),
+    *_row_parallel("visual.merger.mlp.2"),
     *(
         held
         for place in (f"{_BLOCK}mlp.", "visual.merger.", _DEEPSTACK)
-        for held in (*_first(f"{place}linear_fc1"), *_second(f"{place}linear_fc2"))
+        for held in (*_column_parallel(f"{place}linear_fc1"), *_row_parallel(f"{place}linear_fc2"))
     ),
     *(_same(f"{place}norm.{kind}", Replicated()) for place in ("visual.merger.", _DEEPSTACK) for kind in ("weight", "bias")),
 )
