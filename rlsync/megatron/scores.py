@@ -23,9 +23,9 @@ from rlsync.models.memory import CHUNK_TOKENS
 
 # Of a piece of rows: float32 temporaries of 256 MiB each, and where compiled functions make none, offsets of 32 bits.
 _PIECE_ELEMENTS = 64 * 2**20
+_COMPILED_PIECE_ELEMENTS = 2**30
 # A logit of what is never drawn: float16 has it, and its exponential is 0 at any temperature up to 90.
 _NEVER = -1e4
-_COMPILED_PIECE_ELEMENTS = 2**30
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,18 +317,18 @@ def _held_in(seat: Seat, model: Model, shapes: Mapping[str, Shape], dtype: str) 
 
 def _names(model: Model, name: str) -> tuple[str, str]:
     """Those of Hugging Face and of vLLM for one in the table."""
-    if model.vision is None:
-        return name, name
-    start = next(start for start in _WITH_PICTURES if name.startswith(start))
-    hf, own = (there + name.removeprefix(start) for there in _WITH_PICTURES[start])
-    return hf, own
+    for start, (hf, own) in _WITH_PICTURES.items() if model.vision is not None else ():
+        if name.startswith(start):
+            return hf + name.removeprefix(start), own + name.removeprefix(start)
+    return name, name
 
 
 def _in_table(model: Model, name: str) -> str:
     """The name in the table for one of Hugging Face."""
-    if model.vision is None:
-        return name
-    return next(start + name.removeprefix(hf) for start, (hf, _) in _WITH_PICTURES.items() if name.startswith(hf))
+    for start, (hf, _) in _WITH_PICTURES.items() if model.vision is not None else ():
+        if name.startswith(hf):
+            return start + name.removeprefix(hf)
+    return name
 
 
 def _is_beyond(name: str, num_layers: int) -> bool:

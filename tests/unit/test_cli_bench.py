@@ -57,7 +57,8 @@ def test_lists_of_settings_are_every_combination(tmp_path: Path) -> None:
 def test_the_engine_of_a_model_that_takes_pictures_gets_its_processor_and_no_weights(tmp_path: Path) -> None:
     folder, made = save_vision_folder(tmp_path / "model", "qwen2_5_vl"), tmp_path / "made"
     made.mkdir()
-    planned(made, "--model", str(folder), "--rollout", "tp=2")
+    spec_of = planned(made, "--model", str(folder), "--rollout", "tp=2")
+    assert not host.engine_arguments(spec_of, "merged", 1, None)["skip_tokenizer_init"], "the processor needs it"
     names = {path.name for path in made.iterdir()}
     assert names == {path.name for path in folder.iterdir()} - {"model.safetensors"}
     with pytest.raises(ConfigError, match=r"config\.json takes pictures, and its engine reads a tokenizer, which is not there"):
