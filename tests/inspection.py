@@ -112,6 +112,10 @@ class Inspection:
     def fail(self, cause: str) -> None:
         """Nothing: as for ``expire``."""
 
+    def is_awaited(self) -> bool:
+        """Never: as for ``expire``."""
+        return False
+
     def process_of(self, identity: bytes) -> tuple[int, str] | None:
         """Nobody's death is watched."""
         return None

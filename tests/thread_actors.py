@@ -80,7 +80,7 @@ class Actors:
         def run(rank: int) -> None:
             try:
                 outcomes[rank] = call(self.syncers[rank])
-            except Exception as error:
+            except BaseException as error:
                 outcomes[rank] = error
 
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
@@ -106,7 +106,7 @@ class Actors:
         first, second = self.both(call)
         assert isinstance(first, WeightSyncError), first
         assert isinstance(second, WeightSyncError), second
-        assert str(first) == str(second)
+        assert str(first) == str(second), (first, second)
         return first
 
     def close(self) -> None:

@@ -92,6 +92,15 @@ class Roster:
         """The member that already stands where ``peer`` wants to."""
         return self._by_place.get((peer.engine, peer.place))
 
+    def not_here(self) -> set[tuple[str | None, int]]:
+        """Who has not dialled in: engine id, or None for an actor rank, and the number there."""
+        return set(self._wanted()) - self._by_place.keys()
+
+    def _wanted(self) -> list[tuple[str | None, int]]:
+        """Everybody, in order, as the keys of ``_by_place``."""
+        workers = [(engine, place) for engine, count in self.expected.engines.items() for place in range(count)]
+        return [(None, rank) for rank in range(self.expected.num_actors)] + workers
+
     def is_complete(self) -> bool:
         """Whether everybody has dialled in."""
         return len(self.members) == self._size
@@ -142,13 +151,12 @@ class Roster:
 
     def absent(self) -> list[tuple[str | None, str]]:
         """The members that the connection waits for: engine id, or None for an actor rank, and a description."""
-        wanted: list[tuple[str | None, int, str]] = [(None, rank, f"actor rank {rank}") for rank in range(self.expected.num_actors)]
-        wanted += [(e, place, f"engine {e} worker {place}") for e, count in self.expected.engines.items() for place in range(count)]
         late: list[tuple[str | None, str]] = []
         is_recorded = self.is_recorded()
-        for engine, place, name in wanted:
+        for engine, place in self._wanted():
             peer = self._by_place.get((engine, place))
             if peer is None:
+                name = f"actor rank {place}" if engine is None else f"engine {engine} worker {place}"
                 late.append((engine, f"{name}, which has not dialled in"))
             elif peer.engine is not None and peer.recorded is None:
                 late.append((engine, f"{peer}, which has not said what it holds"))

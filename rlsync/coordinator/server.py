@@ -16,7 +16,7 @@ from typing import Protocol
 import zmq
 
 from rlsync.coordinator import messages as m
-from rlsync.coordinator.client import keep_alive, pid_domain
+from rlsync.coordinator.client import GRACE_S, keep_alive, pid_domain
 from rlsync.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ class Served(Protocol):
     def expire(self, now_s: float) -> None: ...
 
     def fail(self, cause: str) -> None: ...
+
+    def is_awaited(self) -> bool: ...
 
     def process_of(self, identity: bytes) -> tuple[int, str] | None: ...
 
@@ -90,6 +92,7 @@ class CoordinatorServer:
         self.endpoint, self.own_endpoint = f"tcp://{bind_host}:{port}", f"inproc://rlsync-coordinator-{port}"
         self._socket.bind(self.own_endpoint)
         self._stop = threading.Event()
+        self._last_s = 0.0
         self._thread: threading.Thread | None = None
         self._pidfds: dict[int, bytes] = {}
         self._watched: set[bytes] = set()
@@ -101,7 +104,11 @@ class CoordinatorServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and close the socket; queued messages still leave, while the process lives. Idempotent."""
+        """End the thread and close the socket; queued messages still leave, while the process lives. Idempotent.
+
+        Takes up to GRACE_S where somebody is to come who has to hear of a failure.
+        """
+        self._last_s = time.monotonic() + GRACE_S
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -116,7 +123,7 @@ class CoordinatorServer:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         try:
-            while not self._stop.is_set():
+            while not self._stop.is_set() or self._has_to_tell(coordinator, poller):
                 for source, _ in poller.poll(_TICK_MS):
                     if source is self._socket:
                         self._drain(coordinator, poller)
@@ -130,6 +137,11 @@ class CoordinatorServer:
         finally:
             for fd in self._pidfds:
                 os.close(fd)
+
+    def _has_to_tell(self, coordinator: Served, poller: zmq.Poller) -> bool:
+        """At the end: whether somebody is still to come. What was said before the end counts."""
+        self._drain(coordinator, poller)
+        return coordinator.is_awaited() and time.monotonic() < self._last_s
 
     def _drain(self, coordinator: Served, poller: zmq.Poller) -> None:
         while True:

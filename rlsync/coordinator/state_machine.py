@@ -42,6 +42,9 @@ class Coordinator:
         self._members = self._roster.members
         self._sync: Progress | None = None
         self._early: list[tuple[Member, m.FromPeer]] = []
+        # Who came when the connection had failed, and was told why.
+        self._too_late: set[tuple[str | None, int]] = set()
+        self._has_expired = False
         self._failure: m.Error | None = None
         self._connecting = Connecting(expected, self._roster, send, self._fail)
         self._transferring = Transferring(self._roster, self._connecting, send, self._fail)
@@ -85,12 +88,24 @@ class Coordinator:
     def expire(self, now_s: float) -> None:
         """Fail the phase when its deadline has passed."""
         if self.deadline_s is not None and now_s >= self.deadline_s:
+            self._has_expired = True
             self._spread(_deadline_error(self._roster, self._expected.timeout_s, self.phase, self._sync))
 
     def fail(self, cause: str) -> None:
         """Fail what is going on for a reason of the coordinator's own process."""
         if self.phase != "idle":
             self._fail(cause, None)
+
+    def is_awaited(self) -> bool:
+        """Whether the connection has failed before everybody was there to hear of it.
+
+        Not after its deadline, and nobody awaits workers of the engine on which it failed: they may never come.
+        """
+        failure = self._failure
+        if failure is None or failure.attempt != 0 or self._has_expired:
+            return False
+        absent = self._roster.not_here() - self._too_late
+        return any(engine is None or engine != failure.engine for engine, _ in absent)
 
     def process_of(self, identity: bytes) -> tuple[int, str] | None:
         """Pid of an admitted peer and the domain in which that pid means something; None for a stranger."""
@@ -100,10 +115,18 @@ class Coordinator:
     # Connect.
 
     def _admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello) -> None:
-        closed = None
-        if self.phase != "connect":
-            closed = self._failure.cause if self._failure else f"{Member(identity, hello)} came after the connection was complete"
-        self._connecting.admit(identity, hello, closed)
+        peer, closed = Member(identity, hello), None
+        if self._failure is not None and self._failure.attempt == 0:
+            closed = self._failure
+        elif self.phase != "connect":
+            closed = _turned_away(f"{peer} came after the connection was complete")
+        refusal = self._connecting.refusal(peer, closed)
+        if refusal is None:
+            self._connecting.admit(peer)
+            return
+        if refusal is self._failure:
+            self._too_late.add((peer.engine, peer.place))
+        self._send(identity, refusal)
 
     def _on_recorded(self, peer: Member, message: m.Recorded, now_s: float) -> None:
         if self.phase == "connect":
@@ -346,33 +369,28 @@ class Connecting:
         # Numbers of actor ranks and workers that have their assignments.
         self._num_assigned = (0, 0)
 
-    def admit(self, identity: bytes, hello: m.ActorHello | m.WorkerHello, closed: str | None) -> None:
-        """Let a peer in, or tell it why not. ``closed``: why nobody is let in any more, where that is so."""
-        expected, peer = self._expected, Member(identity, hello)
-        reason = self._refusal(peer, closed)
-        if reason is not None:
-            self._send(identity, m.Error(attempt=0, phase="connect", cause=reason))
-            return
+    def refusal(self, peer: Member, closed: m.Error | None) -> m.Error | None:
+        """Why a peer is not let in, or None. ``closed``: why nobody is any more, where that is so."""
+        expected, hello = self._expected, peer.hello
+        if not hmac.compare_digest(hello.token.encode(), expected.token.encode()):
+            return _turned_away(f"{peer} came with a wrong token; it belongs to another run or an earlier connection")
+        if hello.run_id != expected.run_id:
+            return _turned_away(f"{peer} belongs to run {hello.run_id}, this is run {expected.run_id}")
+        if closed is not None:
+            return closed
+        twin = self._roster.twin(peer)
+        return None if twin is None else _turned_away(f"{peer} is here already as pid {twin.hello.pid} on {twin.hello.host}")
+
+    def admit(self, peer: Member) -> None:
+        """Let a peer in."""
         self._roster.admit(peer)
         problem = self._roster.mismatch(peer)
         if problem is not None:
             self._fail(problem, peer)
             return
         if peer.engine is not None:
-            self._send(identity, expected.manifest)
+            self._send(peer.identity, self._expected.manifest)
         self._report()
-
-    def _refusal(self, peer: Member, closed: str | None) -> str | None:
-        """Why a peer is not let in, or None."""
-        expected, hello = self._expected, peer.hello
-        if not hmac.compare_digest(hello.token.encode(), expected.token.encode()):
-            return f"{peer} came with a wrong token; it belongs to another run or an earlier connection"
-        if hello.run_id != expected.run_id:
-            return f"{peer} belongs to run {hello.run_id}, this is run {expected.run_id}"
-        if closed is not None:
-            return closed
-        twin = self._roster.twin(peer)
-        return None if twin is None else f"{peer} is here already as pid {twin.hello.pid} on {twin.hello.host}"
 
     def record(self, peer: Member, message: m.Recorded) -> None:
         """A worker has said what it holds."""
@@ -487,6 +505,11 @@ class Transferring:
             return False
         sync.loaded[peer.identity] = message
         return len(sync.loaded) == len(self._roster.workers())
+
+
+def _turned_away(cause: str) -> m.Error:
+    """What one peer is told that is not let in."""
+    return m.Error(attempt=0, phase="connect", cause=cause)
 
 
 def _detected_error(cause: str, peer: Member | None, phase: str, sync: Progress | None) -> m.Error:

@@ -180,6 +180,8 @@ class WeightSyncer:
         except BaseException as error:
             self.health.failed(error, (engine.engine_id for engine in self._engines), "connect")
             self._mark_dirty(f"its connection to the actor failed: {error}")
+            if not isinstance(error, WeightSyncError) and self._peer is not None:
+                self._tell_of(error, 0, "connect")
             self.close()
             raise
         self._attempt, self._version, self._engines_hold_frozen = 0, -1, False
@@ -391,8 +393,7 @@ class WeightSyncer:
             report = Attempt(self._connection, self._tasks, self._attempt, version, name, without_frozen=without_frozen).run()
         except BaseException as error:
             if not isinstance(error, WeightSyncError) and self._peer is not None:
-                # An error of this rank alone: the others are told, and do not wait for their deadlines.
-                self._peer.send(m.Failed(self._attempt, "transfer", f"actor rank {self._rank}: {error_text(error)}"))
+                self._tell_of(error, self._attempt, "transfer")
             self._tasks.end()
             # A call that has not begun could be a collective that other ranks never enter.
             self._connection.lane.forget(self._tasks, _LAST_CALL_S)
@@ -402,6 +403,11 @@ class WeightSyncer:
             raise
         self._version, self._engines_hold_frozen = version, True
         return report
+
+    def _tell_of(self, error: BaseException, attempt: int, phase: str) -> None:
+        """Tell the other ranks of an error of this rank alone, for which they would wait until their deadlines."""
+        assert self._peer is not None
+        self._peer.send(m.Failed(attempt, phase, error_text(error)))
 
     def _mark_dirty(self, reason: str, name: str = "") -> None:
         """Mark every engine. A handle that fails, as of an engine that is gone, keeps no other from it and takes no error's place."""
@@ -421,7 +427,8 @@ class WeightSyncer:
         return has_frozen and self._engines_hold_frozen and all(_is_clean(engine) for engine in self._engines)
 
     def close(self) -> None:
-        """End the connection of this rank; engines keep serving their version. Not collective, idempotent, waits for nobody.
+        """End the connection of this rank; engines keep serving their version. Not collective, idempotent, and waits for nobody but, where
+        ``connect`` failed on rank 0, up to 2 s for those who have not dialled in, who hear why.
 
         A staging ring in GPU memory, which workers may still map, is freed when they have connected again or with this object.
         """

@@ -16,6 +16,7 @@ import pytest
 from rlsync.coordinator import messages as m
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
+from rlsync.sync.syncer import ConnectInfo
 from tests.thread_actors import SIZES, Actors, Numbers, holds
 from tests.thread_engines import ThreadEngine
 
@@ -129,6 +130,33 @@ def test_a_wrong_token_is_turned_away(engines: list[ThreadEngine]) -> None:
     error = actors.failure(lambda s: s.connect())
     assert error.phase == "connect"
     assert engines[1].dirty
+
+
+def test_a_rank_that_dials_when_the_connection_has_failed_hears_why(engines: list[ThreadEngine]) -> None:
+    """Rank 0, whose engine has failed, would have closed the coordinator."""
+    engines[1].change_info = lambda info: {**info, "token": "guess"}
+    actors, failed, dial = Actors(engines), threading.Event(), WeightSyncer._dial
+    engines[0].mark_dirty = lambda reason, sync="": failed.set()  # type: ignore[method-assign]
+
+    def dial_late(info: ConnectInfo) -> None:
+        assert failed.wait(60)
+        dial(actors.syncers[1], info)
+
+    actors.syncers[1]._dial = dial_late  # type: ignore[method-assign]
+    error = actors.failure(lambda s: s.connect())
+    assert (error.phase, error.engine) == ("connect", "e1")
+
+
+def test_an_error_of_one_rank_alone_while_it_connects_is_told_to_the_others(engines: list[ThreadEngine]) -> None:
+    actors = Actors(engines)
+
+    def attach(*_: object) -> threading.Thread:
+        raise KeyboardInterrupt("of rank 1")
+
+    actors.syncers[1]._attach = attach  # type: ignore[method-assign]
+    first, second = actors.both(lambda s: s.connect())
+    assert isinstance(second, KeyboardInterrupt)
+    assert isinstance(first, WeightSyncError) and "KeyboardInterrupt: of rank 1" in first.cause
 
 
 def test_a_wrong_number_of_workers_is_named(engines: list[ThreadEngine]) -> None:

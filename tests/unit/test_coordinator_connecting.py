@@ -85,6 +85,36 @@ def test_a_stranger_is_turned_away_and_disturbs_nobody(hello: m.FromPeer) -> Non
     assert b"a0" not in run.sent
 
 
+def test_who_comes_when_the_connection_has_failed_hears_why_and_is_awaited_until_then() -> None:
+    run = Run(connected=False)
+    run.tell("a0", actor(0))
+    assert not run.coordinator.is_awaited(), "as long as nothing has failed"
+    run.tell("a0", m.Failed(0, "connect", "engine e0: it has no memory", engine="e0"))
+    assert run.coordinator.is_awaited()
+    run.tell("stranger", actor(1, token="guess"))
+    assert run.coordinator.is_awaited(), "who has no token is not awaited"
+    run.tell("a1", actor(1))
+    assert run.last("a1") == run.last("a0") and run.last("a1").engine == "e0"
+    assert not run.coordinator.is_awaited(), "workers of the engine that failed do not come"
+
+
+def test_workers_of_another_engine_than_the_one_that_failed_are_awaited_until_the_time_is_over() -> None:
+    for failed, awaited in ((None, True), ("e1", True), ("e0", False)):
+        run = Run(connected=False)
+        run.tell("a0", actor(0))
+        run.tell("a1", actor(1))
+        run.tell("a0", m.Failed(0, "connect", "why", engine=failed))
+        assert run.coordinator.is_awaited() == awaited
+    run = Run(connected=False)
+    run.tell("a0", actor(0))
+    run.coordinator.expire(TIMEOUT_S)
+    assert isinstance(run.last("a0"), m.Error) and not run.coordinator.is_awaited(), "they had their time"
+    run = Run()
+    run.begin()
+    run.tell("w1", m.Failed(1, "transfer", "why"))
+    assert run.error() and not run.coordinator.is_awaited(), "everybody is here"
+
+
 def recorded(run: Run, first: m.Recorded, second: m.Recorded) -> None:
     for rank, record in enumerate((first, second)):
         run.tell(f"a{rank}", actor(rank))

@@ -205,6 +205,9 @@ class Answering:
 
     def fail(self, cause: str) -> None: ...
 
+    def is_awaited(self) -> bool:
+        return False
+
     def process_of(self, identity: bytes) -> None: ...
 
 

@@ -76,6 +76,9 @@ class Hearing:
 
     def fail(self, cause: str) -> None: ...
 
+    def is_awaited(self) -> bool:
+        return False
+
     def process_of(self, identity: bytes) -> None: ...
 
 
