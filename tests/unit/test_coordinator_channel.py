@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rlsync.coordinator import messages as m
+from rlsync.coordinator import server
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from rlsync.sync.syncer import ConnectInfo
@@ -132,14 +133,16 @@ def test_a_wrong_token_is_turned_away(engines: list[ThreadEngine]) -> None:
     assert engines[1].dirty
 
 
-def test_a_rank_that_dials_when_the_connection_has_failed_hears_why(engines: list[ThreadEngine]) -> None:
+def test_a_rank_that_dials_when_the_connection_has_failed_hears_why(engines: list[ThreadEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0, whose engine has failed, would have closed the coordinator."""
+    monkeypatch.setattr(server, "GRACE_S", 60.0)
     engines[1].change_info = lambda info: {**info, "token": "guess"}
     actors, failed, dial = Actors(engines), threading.Event(), WeightSyncer._dial
     engines[0].mark_dirty = lambda reason, sync="": failed.set()  # type: ignore[method-assign]
 
     def dial_late(info: ConnectInfo) -> None:
         assert failed.wait(60)
+        time.sleep(0.5)
         dial(actors.syncers[1], info)
 
     actors.syncers[1]._dial = dial_late  # type: ignore[method-assign]
