@@ -70,6 +70,7 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
         "load_format": "auto" if rollout.validate_weight else "dummy",
         "skip_tokenizer_init": not (rollout.detokenize or takes_pictures),
         "tensor_parallel_size": rollout.tensor_parallel_size,
+        "enable_expert_parallel": vllm.enable_expert_parallel or None,
         "distributed_executor_backend": rollout.distributed_executor_backend if rollout.tensor_parallel_size > 1 else None,
         "enforce_eager": rollout.enforce_eager,
         "max_model_len": config.runner.seq_length,

@@ -379,6 +379,12 @@ _ASKED_OF_MACHINES = [
     (6, False, {"rollout": {"vllm": {"enable_chunked_prefill": True}}}, ""),
     (0, False, {"rollout": {"max_running_requests": 4, "vllm": {"max_num_batched_tokens": 8}}}, "batched_tokens .8. must be .* on CPU"),
     (6, False, {"rollout": {"max_running_requests": 4, "vllm": {"max_num_batched_tokens": 8}}}, ""),
+    (
+        0,
+        False,
+        {"rollout": {"vllm": {"enable_expert_parallel": True}}},
+        "engines that share experts compute on GPUs alone.* set it to False",
+    ),
     (0, False, {"rollout": {"enable_return_routed_experts": True}}, "router_replay=R3 needs, is of engines on GPUs.*R2 does without"),
     (6, True, {"actor": {"model": {"context_parallel_size": 2}}}, "precision fp32 under context_parallel_size 2"),
     (6, True, {"actor": {"model": {"context_parallel_size": 2}, "spec_name": "local_gpt"}}, ""),

@@ -331,6 +331,34 @@ def test_layouts_that_cannot_hold_the_model_are_refused(hf: dict[str, Any], acto
     assert_refused(config, hf, message)
 
 
+@pytest.mark.parametrize(
+    ("hf", "size", "sections", "message"),
+    [
+        (EXPERTS, 2, {}, None),
+        (QWEN2, 2, {}, "enable_expert_parallel=True is of models with experts"),
+        (EXPERTS, 1, {}, "rollout.tensor_parallel_size (1) must be from 2 to num_experts (6)"),
+        (
+            EXPERTS | {"num_attention_heads": 8, "num_key_value_heads": 8},
+            8,
+            {},
+            "tensor_parallel_size (8) must be from 2 to num_experts (6)",
+        ),
+        (EXPERTS, 2, {"weight_sync": {"lora": "adapter"}}, "weight_sync.lora=adapter was never tried on engines that share experts"),
+        (EXPERTS, 2, {"returns_routes": True}, "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs"),
+    ],
+)
+def test_engines_share_experts_where_there_are_some_to_share(
+    hf: dict[str, Any], size: int, sections: dict[str, Any], message: str | None
+) -> None:
+    """Negative control: without the key nothing of this is refused."""
+    beside = {"actor": {"lora": {"r": 4}, "megatron": {"mbridge": True}}} if "weight_sync" in sections else {}
+    for is_shared in (True, False):
+        rollout = {"tensor_parallel_size": size, "vllm": {"enable_expert_parallel": is_shared}}
+        rollout |= {"enable_return_routed_experts": True} if "returns_routes" in sections else {}
+        more = {name: section for name, section in sections.items() if name != "returns_routes"}
+        assert_refused(load_config(minimal(rollout=rollout, **beside, **more)), hf, message if is_shared else None)
+
+
 def test_model_type_must_match_the_folder() -> None:
     validate_model(load_config(minimal(rollout={"model": {"model_path": "/m", "model_type": "qwen2.5"}})), QWEN2)
     with pytest.raises(ConfigError, match="model_type is qwen3"):

@@ -30,6 +30,12 @@ def test_seeded_prompts_are_not_cut_on_a_cpu() -> None:
     assert arguments(on_gpu=True, vllm={"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
 
 
+def test_engines_share_experts_where_they_are_to() -> None:
+    assert "enable_expert_parallel" not in arguments(on_gpu=True, tensor_parallel_size=2)
+    shared = arguments(on_gpu=True, tensor_parallel_size=2, vllm={"enable_expert_parallel": True})
+    assert (shared["enable_expert_parallel"], shared["tensor_parallel_size"]) == (True, 2)
+
+
 @pytest.mark.parametrize(
     ("tokens", "requests", "cuts", "said"),
     [(31, 32, True, "max_num_seqs"), (31, 8, False, "max_model_len"), (31, 8, True, ""), (32, 32, False, "")],

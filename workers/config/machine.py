@@ -59,6 +59,11 @@ def _asks_for_gpus(config: AnyConfig) -> Iterator[str]:
             f"rollout.vllm.max_num_batched_tokens ({tokens}) must be at least runner.seq_length ({length}) on CPU with "
             "algorithm.sampling_params.seeded=True, with which no prompt is cut"
         )
+    if rollout.vllm.enable_expert_parallel:
+        yield (
+            "rollout.vllm.enable_expert_parallel=True: engines that share experts compute on GPUs alone, and there are none (on CPU vLLM's "
+            "workers end at their first request); set it to False"
+        )
     if rollout.enable_return_routed_experts:
         yield (
             "rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, is of engines on GPUs: vLLM returns routes "

@@ -359,6 +359,9 @@ class VllmConfig:
 
     attention_backend: str | None = key(None, "e.g. FLASH_ATTN")
     enable_chunked_prefill: bool | None = key(None, "split long prompts over scheduler steps")
+    enable_expert_parallel: bool = key(
+        False, "true: each of an engine's GPUs has some of the experts, whole; false: a part of every expert (tensor_parallel_size)"
+    )
     enable_prefix_caching: bool | None = key(None, "share the KV cache of equal prompt starts, e.g. within a group")
     kv_cache_memory_bytes: int | None = key(
         None, "KV cache of each GPU; null: what rollout.gpu_memory_utilization leaves, as vLLM finds it out at its start", min=1

@@ -18,6 +18,7 @@ from rlsync.errors import ConfigError
 from rlsync.layout.topology import Topology
 from rlsync.models import check_config, check_for_engines, check_overrides, check_parts, model_of
 from rlsync.models.lora import adapters_of, check_adapters, check_beside_base, idle_exclusions
+from rlsync.models.stacks import Model
 from workers.config.grpo import BUILT_IN_REWARDS, REWARD_FUNCTION, RunConfig
 from workers.config.schema import PART_RATES, ActorConfig, ActorModelConfig
 from workers.config.sft import SftConfig
@@ -82,6 +83,8 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
             found.append(f"num_attention_heads ({heads}) must be divisible by rollout.tensor_parallel_size ({size})")
         if kv_heads % size and size % kv_heads:
             found.append(f"num_key_value_heads ({kv_heads}) must divide or be divisible by rollout.tensor_parallel_size ({size})")
+        if config.rollout.vllm.enable_expert_parallel:
+            found += _sharing_experts(config, model)
     wanted = config.rollout.model.model_type
     if wanted is not None and _HF_MODEL_TYPES.get(wanted, wanted) != hf_config.get("model_type"):
         found.append(f"rollout.model.model_type is {wanted}, but {config.model_path} holds {hf_config.get('model_type')}")
@@ -97,6 +100,22 @@ def validate_model(config: AnyConfig, hf_config: Mapping[str, Any]) -> None:
             f"{actor.tensor_model_parallel_size}: Megatron trains them on parts of the sequence only"
         )
     raise_all(found)
+
+
+def _sharing_experts(config: AnyConfig, model: Model) -> Iterator[str]:
+    """What keeps the GPUs of an engine from sharing the model's experts."""
+    key, size, count = "rollout.vllm.enable_expert_parallel=True", config.rollout.tensor_parallel_size, model.dims.get("num_experts")
+    if count is None:
+        yield f"{key} is of models with experts, and {config.model_path} has none"
+    elif not 2 <= size <= count:
+        yield f"{key}: rollout.tensor_parallel_size ({size}) must be from 2 to num_experts ({count}), which an engine's GPUs share"
+    if config.weight_sync.lora == "adapter":
+        yield f"{key}: weight_sync.lora=adapter was never tried on engines that share experts; set it to merged"
+    if config.rollout.enable_return_routed_experts:
+        yield (
+            f"{key}: rollout.enable_return_routed_experts, which actor.megatron.router_replay=R3 needs, was never tried on engines that "
+            "share experts; leave out one of them"
+        )
 
 
 def actor_topology(model: ActorModelConfig, dp_size: int | None = None) -> Topology:
