@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +21,8 @@ class _Compared:
     def __init__(self, engine: EngineHandle) -> None:
         self._engine, self._info = engine, dict[str, Any]()
         self.engine_id, self.num_workers = engine.engine_id, engine.num_workers
-        self._paused, self._over = threading.Event(), ""
+        # Whether the engine has paused, and the comparison that has failed.
+        self._turn, self._is_paused, self._over = threading.Lock(), False, ""
 
     @property
     def state(self) -> str:
@@ -38,10 +40,23 @@ class _Compared:
         return sync_in_turn(self, order)
 
     def pause(self, mode: PauseMode, sync: str, timeout_s: float) -> None:
-        self._paused.set()
+        self._refuse_what_is_over(sync)
+        try:
+            self._engine.pause(mode, sync, timeout_s)
+        except BaseException:
+            # It may have paused all the same; one that has become dirty says so here, too.
+            with contextlib.suppress(RlsyncError, TimeoutError):
+                self._engine.resume(self._engine.version, timeout_s)
+            raise
+        with self._turn:
+            self._is_paused = not sync or sync != self._over
+        if not self._is_paused:
+            self._engine.resume(self._engine.version, timeout_s)
+            self._refuse_what_is_over(sync)
+
+    def _refuse_what_is_over(self, sync: str) -> None:
         if sync and sync == self._over:
             raise RlsyncError(f"the comparison with engine {self.engine_id} has failed already")
-        self._engine.pause(mode, sync, timeout_s)
 
     def update_weights(self, update_info: dict[str, Any], timeout_s: float) -> None:
         # No cache is reset: the engine keeps its weights.
@@ -49,12 +64,13 @@ class _Compared:
 
     def resume(self, version: int | None, timeout_s: float) -> None:
         self._engine.resume(self._engine.version, timeout_s)
-        self._paused.clear()
+        self._is_paused = False
 
     def mark_dirty(self, reason: str, sync: str = "") -> None:
-        """Nothing is dirty: a failed comparison has restored the engine."""
-        self._over = sync
-        if self._paused.is_set():
+        """Nothing is dirty: after a failed comparison the engine serves as before. One that is being paused is resumed behind its pause."""
+        with self._turn:
+            self._over, is_paused, self._is_paused = sync, self._is_paused, False
+        if is_paused:
             self._engine.resume(self._engine.version, 60.0)
 
 
