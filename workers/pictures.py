@@ -12,6 +12,7 @@ import binascii
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,10 @@ def _source(reference: Any, folder: Path) -> tuple[bytes | Path, str]:
         return reference, f"of {len(reference)} bytes"
     if not isinstance(reference, str):
         raise BadRow(f"a picture is {type(reference).__name__}; a path, bytes, or an object with bytes or path is read")
+    try:
+        reference.encode()
+    except UnicodeEncodeError:
+        raise BadRow("a picture's path holds half of a surrogate pair, which is no text") from None
     if reference.startswith("data:"):
         head, comma, content = reference.partition(",")
         if not comma or not head.endswith(";base64"):
@@ -67,7 +72,7 @@ def _source(reference: Any, folder: Path) -> tuple[bytes | Path, str]:
     if "://" in reference and not reference.startswith("file://"):
         raise BadRow(f"picture {reference[:80]!r} is on the network; download it and name its path")
     path = folder / reference.removeprefix("file://")
-    if reference.startswith("file://") and not path.exists():
+    if reference.startswith("file://") and not os.path.exists(path):  # Path.exists raises where a name is too long
         path = folder / unquote(reference.removeprefix("file://").removeprefix("localhost"))
     return path, str(path)
 
@@ -80,6 +85,8 @@ def _decoded(content: str, name: str) -> bytes:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":  # also where one colour of it stands for clear: vLLM shows that colour
+        return image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

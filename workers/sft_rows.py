@@ -393,7 +393,7 @@ def _choices(value: Any, key: str) -> list[str] | None:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise BadRow(f"field {key!r} holds {value[:60]!r}, which is no list of choices") from None
     if not isinstance(value, (list, tuple)):
         raise BadRow(f"field {key!r} holds {kind_of(value)}; choices are a list")
