@@ -177,8 +177,11 @@ class AutoBridge:
         """Describe live models in HF coordinates. Not collective, and equal on all ranks but for ``buffers`` and ``adapters``. Factors of
         adapters are none of the buffers.
 
-        Raises PlacementError naming every parameter that the table lacks, misses or expects in another shape.
+        Raises PlacementError naming every parameter that the table lacks, misses or expects in another shape, and ConfigError where
+        ``models`` is empty.
         """
+        if not models:
+            raise ConfigError("models is empty; give the chunks that get_model returned on this rank, or a trainer's own")
         topology = current_topology(models)
         live = {name: tensor for name, tensor in megatron_model.iter_weights(models) if not megatron_model.is_adapter(name)}
         names = {"flavour": megatron_model.flavour_of(models), "experts": megatron_model.experts_of(models)}

@@ -98,8 +98,8 @@ class Roster:
 
     def _wanted(self) -> list[tuple[str | None, int]]:
         """Everybody, in order, as the keys of ``_by_place``."""
-        workers = [(engine, place) for engine, count in self.expected.engines.items() for place in range(count)]
-        return [(None, rank) for rank in range(self.expected.num_actors)] + workers
+        wanted: list[tuple[str | None, int]] = [(None, rank) for rank in range(self.expected.num_actors)]
+        return wanted + [(engine, place) for engine, count in self.expected.engines.items() for place in range(count)]
 
     def is_complete(self) -> bool:
         """Whether everybody has dialled in."""

@@ -186,9 +186,11 @@ class RlsyncTransferEngine(WeightTransferEngine):
 
     def _report_state(self, info: InitInfo) -> None:
         client = self._dial(info)
-        with compat.config_scope(self.vllm_config):
-            client.send(m.State(state_hashes(self.model)))
-        client.close()
+        try:
+            with compat.config_scope(self.vllm_config):
+                client.send(m.State(state_hashes(self.model)))
+        finally:
+            client.close()
 
     def _dial(self, info: InitInfo) -> CoordinatorClient:
         return CoordinatorClient(info, self.parallel_config, self.device)

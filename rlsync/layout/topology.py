@@ -98,8 +98,8 @@ class Topology:
             raise ConfigError(
                 f"topology: {num_layers} layers cannot be split over pp_size {self.pp_size} with "
                 f"first_stage_layers {self.first_stage_layers}, last_stage_layers {self.last_stage_layers}: "
-                f"{middle_layers} layers remain for {middle_stages} stages; other numbers for the first and the last stage "
-                "(actor.model.decoder_first_pipeline_num_layers, decoder_last_pipeline_num_layers) make an uneven split"
+                f"{middle_layers} layers remain for {middle_stages} stages; other numbers for the first and the last stage (Megatron's "
+                "decoder_first_pipeline_num_layers and decoder_last_pipeline_num_layers) make an uneven split"
             )
         per_stage = [fixed.get(s, middle_layers // middle_stages if middle_stages else 0) for s in range(self.pp_size)]
         for stage, count in enumerate(per_stage):

@@ -144,6 +144,7 @@ class WeightSyncer:
         self._last_plan: ConnectionPlan | None = None
         self._sinks: tuple[str, ...] = ()
         self._attempt, self._version = 0, -1
+        self._turn = threading.Lock()
         # Whether the last sync of this connection has committed, so that engines have all that is frozen unless they lost it.
         self._engines_hold_frozen = False
         self.health = SyncHealth()
@@ -372,6 +373,14 @@ class WeightSyncer:
         dirty then, and refuses to generate until a later sync commits or it is restarted. ConfigError, with nothing sent, where the version
         is no whole number.
         """
+        if not self._turn.acquire(blocking=False):
+            raise WeightSyncError(phase="begin", version=version, cause="another thread is inside sync() of this syncer; call it in turn")
+        try:
+            return self._sync(version)
+        finally:
+            self._turn.release()
+
+    def _sync(self, version: int) -> SyncReport:
         if self._connection is None:
             raise WeightSyncError(phase="connect", version=version, cause="this syncer is not connected; call connect() first")
         try:

@@ -169,6 +169,8 @@ def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one() -> None:
         ("actor", {"model": 3}, "actor.model: expected a section with keys, got 3"),
         ("reward", {"timeout_s": "soon"}, "reward.timeout_s: expected a number, got 'soon'"),
         ("runner", {"experiment_name": None}, "runner.experiment_name: expected a string, got None"),
+        ("runner", {"resume_dir": ""}, "runner.resume_dir: expected a string that is not empty, or null, got ''"),
+        ("rollout", {"model": {"model_path": " "}}, "rollout.model.model_path: expected a string that is not empty, got ' '"),
     ],
 )
 def test_a_wrong_type_names_key_expectation_and_value(section: str, values: dict[str, Any], message: str) -> None:

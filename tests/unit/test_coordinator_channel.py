@@ -115,6 +115,27 @@ def test_filling_overlaps_loading(engines: list[ThreadEngine]) -> None:
     assert events.index("fill 2") > events.index("loaded 0"), "bucket 2 shares its slot with bucket 0"
 
 
+def test_a_thread_that_calls_sync_while_another_is_inside_is_refused_and_disturbs_nothing(
+    actors: Actors, engines: list[ThreadEngine]
+) -> None:
+    inside, may_end = threading.Event(), threading.Event()
+
+    def fill(bucket: int) -> None:
+        inside.set()
+        assert may_end.wait(60)
+
+    actors.sources[0].on_fill = fill
+    syncing = threading.Thread(target=actors.sync, args=(1,))
+    syncing.start()
+    assert inside.wait(60)
+    with pytest.raises(WeightSyncError, match=r"in begin .version 2.: another thread is inside sync"):
+        actors.syncers[0].sync(2)
+    may_end.set()
+    syncing.join(60)
+    assert all(holds(engine, 1) for engine in engines)
+    actors.sync(2)
+
+
 def test_versions_only_grow(actors: Actors, engines: list[ThreadEngine]) -> None:
     actors.sync(3)
     calls = list(engines[0].calls)

@@ -122,7 +122,7 @@ def _name_as_here(values: dict[str, Any]) -> None:
             del there[name]
     model = _select(values, "rollout.model", make=True)
     if model is not None:
-        model.setdefault("model_path", "")  # a rule names the key that is missing
+        model.setdefault("model_path", "???")  # as hydra writes it; a rule names the key that is missing
     if isinstance(values.get("runner"), dict):
         values["runner"].setdefault("task_type", "sft")
 
@@ -499,7 +499,7 @@ def _field(values: Mapping[str, Any], declaration: Field[Any], annotation: Any, 
         return _build(section, values[name], f"{dotted}.", findings)
     if name in values and section is None:
         try:
-            return _bounded(_convert(values[name], annotation), declaration)
+            return _filled(_bounded(_convert(values[name], annotation), declaration), declaration, annotation)
         except _Mismatch as mismatch:
             findings.value(f"{dotted}: expected {mismatch}, got {values[name]!r}")
         except _OutOfBounds as finding:
@@ -522,6 +522,13 @@ def _bounded(value: Any, declaration: Field[Any]) -> Any:
         finding = bounds.finding(value)
         if finding is not None:
             raise _OutOfBounds(finding)
+    return value
+
+
+def _filled(value: Any, declaration: Field[Any], annotation: Any) -> Any:
+    """An empty text would be a path: that of the folder in which the run was started."""
+    if isinstance(value, str) and not value.strip() and declaration.default != "":
+        raise _Mismatch("a string that is not empty" + (", or null" if type(None) in get_args(annotation) else ""))
     return value
 
 
