@@ -193,7 +193,7 @@ def is_adapter(name: str) -> bool:
 
 def adapters_in(models: Sequence[torch.nn.Module]) -> Adapters | None:
     """The adapters of chunks that ``build_model`` made with some, or None."""
-    found: Adapters | None = getattr(unwrap(models[0]), "adapters", None)
+    found: Adapters | None = getattr(unwrap(models[0]), "adapters", None) if models else None
     return found
 
 

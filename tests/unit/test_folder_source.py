@@ -16,6 +16,7 @@ from rlsync.errors import CheckpointError, ConfigError
 from rlsync.layout.geometry import TensorSpec, whole_tensors
 from rlsync.plan.planner import build_plan
 from rlsync.sync import Source
+from tests.unit.test_models_config import QWEN2
 
 
 def tensors_of_a_model() -> dict[str, torch.Tensor]:
@@ -114,3 +115,11 @@ def test_a_folder_without_weights_or_config_is_named(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"config\.json: no such file; give a local Hugging Face folder"):
         FolderSource(folder)
+
+
+def test_an_empty_list_of_models_is_refused_by_name() -> None:
+    bridge = AutoBridge.from_config(QWEN2)
+    with pytest.raises(ConfigError, match="models is empty; give the chunks that get_model returned"):
+        bridge.shards([])
+    with pytest.raises(ConfigError, match="these models have no adapters"):
+        bridge.adapter_shards([])
