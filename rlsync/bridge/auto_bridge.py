@@ -204,9 +204,10 @@ class AutoBridge:
         """Describe the adapters of live models: tensors are their factors by HF name, as in PEFT without its prefix. Otherwise as
         :meth:`shards`. Raises ConfigError where the models have none.
         """
-        adapters, topology = megatron_model.adapters_in(models), current_topology(models)
+        adapters = megatron_model.adapters_in(models)
         if adapters is None:
             raise ConfigError("these models have no adapters: build them with lora=LoraSpec(...)")
+        topology = current_topology(models)
         live = {name: tensor for name, tensor in megatron_model.iter_weights(models) if megatron_model.is_adapter(name)}
         # A pipeline stage may have no adapter; all parameters but a router's buffers are of one dtype.
         dtype = str(next(parameter.dtype for *_, parameter in megatron_model.iter_parameters(models))).removeprefix("torch.")
