@@ -86,7 +86,7 @@ class OpTrace:
         return key_of(tensor) in self._known
 
     def number(self, tensor: torch.Tensor) -> float | None:
-        """The number that ``tensor`` was filled with when it was made; None for a tensor that was made otherwise."""
+        """The number that ``tensor`` was filled with when it was made; None for one that was made otherwise, or written since."""
         return self._numbers[key_of(tensor)][0] if key_of(tensor) in self._numbers else None
 
     def note_copied(self, tensor: torch.Tensor) -> None:
@@ -164,6 +164,7 @@ class OpTrace:
             self.note_computed(args, kwargs)
         for tensor in written:
             self._known[key_of(tensor)] = (None, tensor)
+            self._numbers.pop(key_of(tensor), None)
         if written and any(t.is_meta for t in _tensors((*args, *kwargs.values()))) and not written[0].is_meta:
             # What has no memory cannot be copied into what has some; from now on the latter is computed anyway.
             return written[0] if func._schema.returns else None

@@ -140,6 +140,12 @@ def _changed_source(toy: Toy, hf: torch.Tensor) -> None:
     toy.weight.data.copy_(hf)
 
 
+def _number_changed_since(toy: Toy, hf: torch.Tensor) -> None:
+    number = torch.scalar_tensor(3.0)
+    number.mul_(2)
+    toy.weight.data.copy_(number.expand(SHAPE))
+
+
 # The buffer of each must be a finding; of a live one the values must stay.
 COMPUTED: dict[str, tuple[str, Loader]] = {
     "sum": ("weight", lambda toy, hf: toy.weight.data.copy_(hf + 1)),
@@ -148,6 +154,7 @@ COMPUTED: dict[str, tuple[str, Loader]] = {
     "exp": ("weight", lambda toy, hf: toy.weight.data.copy_(-torch.exp(hf.float()))),
     "changed later": ("weight", _changed_later),
     "changed source": ("weight", _changed_source),
+    "number changed since": ("weight", _number_changed_since),
     "rounded": ("weight", lambda toy, hf: toy.weight.data.copy_(hf.bfloat16())),
     "bits": ("weight", lambda toy, hf: toy.weight.data.view(torch.int32).copy_(hf.view(torch.int32))),
     "memory of its own": ("weight", _through_memory_of_its_own),
