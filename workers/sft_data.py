@@ -177,8 +177,8 @@ class ExampleEncoder:
 
     def _plain(self, found: Conversation) -> tuple[list[int], list[bool]]:
         """Prompt and answer without a template, and the end-of-sequence token."""
-        if len(found.messages) != 2 or found.images:
-            raise BadRow("it has pictures, or more than a prompt and an answer; set data.apply_chat_template to True")
+        if [message.in_loss for message in found.messages] != [False, True] or found.images:
+            raise BadRow("it is not a prompt and an answer that is learned, or has pictures; set data.apply_chat_template to True")
         prompt, answer = ("".join(part["text"] for part in message.parts) for message in found.messages)
         has_own = self._tokenizer.bos_token is not None and prompt.startswith(self._tokenizer.bos_token)
         before = list(self._tokenizer(prompt, add_special_tokens=not has_own)["input_ids"])

@@ -50,6 +50,25 @@ def test_of_a_pair_the_response_and_its_end_are_in_the_loss(tmp_path: Path) -> N
     assert learned(example) == "1<eos>"
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
+        [{"role": "assistant", "content": "2"}, {"role": "assistant", "content": "3", "loss": False}],
+        [{"role": "assistant", "content": "2"}, {"role": "assistant", "content": "3"}],
+    ],
+)
+def test_without_a_template_nothing_but_an_answer_to_a_prompt_is_learned(tmp_path: Path, turns: list[dict[str, Any]]) -> None:
+    """Not the user's own words, nor what a row leaves out of the loss, because they come second."""
+    chat = RowForm("chat", "messages", "answer")
+    loader = RowLoader(source(written(tmp_path / "a.jsonl", {"messages": turns}), chat), 1)
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1: it is not a prompt and an answer that is learned"):
+        next(iter(loader))
+    right = {"messages": [{"role": "user", "content": "1"}, turns[0]]}
+    [example] = next(iter(RowLoader(source(written(tmp_path / "b.jsonl", right), chat), 1)))
+    assert learned(example) == "2<eos>"
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_loader_continues_at_the_exact_batch_however_many_processes_load(tmp_path: Path, num_workers: int) -> None:
     path = sums(tmp_path)
