@@ -215,7 +215,7 @@ def _references(row: Mapping[str, Any], form: RowForm, choices: Sequence[str] | 
         return tuple(_plain_answer(each, form.answer_key) for each in answers)
     chosen = _chosen(answer, choices, form.answer_key)
     letters, said = string.ascii_uppercase[: len(choices)], [choice.strip().casefold() for choice in choices]
-    is_clear = said.count(said[chosen]) == 1 and said[chosen].upper() not in letters
+    is_clear = said.count(said[chosen]) == 1 and said[chosen].upper() not in [*letters]
     return (_lettered(choices)[chosen], letters[chosen], *([choices[chosen]] if is_clear else []))
 
 

@@ -147,6 +147,7 @@ def test_samples_and_examples_are_stacked_by_one_function_with_pictures_in_the_o
         ({"choices": ["a dog", "a cat"], "answer": "A"}, ("A. a dog", "A", "a dog")),
         ({"choices": ["b", "a"], "answer": 1}, ("B. a", "B")),  # "a" is the letter of the other one
         ({"choices": ["Red", "red "], "answer": 0}, ("A. Red", "A")),
+        ({"choices": ["O", "A", "B", "AB"], "answer": 3}, ("D. AB", "D", "AB")),  # no letter, but several one behind the other
     ],
 )
 def test_every_way_to_name_the_right_answer_is_a_reference(row: dict[str, Any], answers: tuple[str, ...]) -> None:
