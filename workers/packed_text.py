@@ -19,7 +19,7 @@ import numpy as np
 
 from rlsync.errors import ConfigError
 from workers.model_folder import named, picture_token, unknown_token
-from workers.problems import BadSamples, OnBadSample
+from workers.problems import NUM_EXAMPLES, BadSamples, OnBadSample
 from workers.row_files import BadRow, Integers, RowFiles
 from workers.row_loader import Drawn, LeftOut
 from workers.sft_data import SftExample
@@ -80,12 +80,8 @@ class PackedDocuments:
         known = None if path is None else self._read_counts(path)
         self._counts = self._count() if known is None else known
         bad = BadSamples()
-        for row in np.flatnonzero(self._counts == 0)[:100].tolist():
-            where, content = files.read(row)
-            try:
-                self._tokens_of(content)
-            except BadRow as reason:
-                bad.add(where, str(reason))
+        for number, row in enumerate(np.flatnonzero(self._counts == 0).tolist()):
+            bad.add(files.where(row), self._reason(row) if number < NUM_EXAMPLES else "")
         self.notes = bad.settle(on_bad_sample)
         if path is not None and known is None:
             self._write_counts(path)
@@ -126,6 +122,14 @@ class PackedDocuments:
                 self._kept.popitem(last=False)
         return self._kept[row]
 
+    def _reason(self, row: int) -> str:
+        """Why a document was counted as one that cannot be used."""
+        try:
+            self._tokens_of(self._files.read(row)[1])
+        except BadRow as reason:
+            return str(reason)
+        return "the file has changed since its documents were counted"
+
     def _tokens_of(self, content: Any) -> list[int]:
         """Tokens of a row's content. Raises BadRow."""
         [token_ids] = self._tokenized([document(content, self._form)])
@@ -140,11 +144,12 @@ class PackedDocuments:
         return [ids if ids[-1:] == [end] else [*ids, end] for ids in self._tokenizer(texts)["input_ids"]] if texts else []
 
     def _read_counts(self, path: Path) -> Integers | None:
-        """Tokens of each document as an earlier process counted them."""
-        if not path.is_file():
+        """Tokens of each document as an earlier process counted them; None where that is not known."""
+        try:
+            found: Integers = np.load(path)
+        except (OSError, ValueError, EOFError):  # not there, or damaged: they are counted again
             return None
-        found: Integers = np.load(path)
-        return found if found.shape == (len(self._files),) else None
+        return found if found.shape == (len(self._files),) and found.dtype == np.int64 else None
 
     def _write_counts(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

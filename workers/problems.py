@@ -19,7 +19,8 @@ from rlsync.errors import ConfigError
 OnBadSample = Literal["error", "skip"]
 
 _FINAL_ANSWER_MARK = "####"
-_NUM_EXAMPLES = 5
+# Bad samples of which the reason is said; others are counted.
+NUM_EXAMPLES = 5
 # First bytes of files that are often taken for text.
 _BINARY = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
 
@@ -49,8 +50,8 @@ class BadSamples:
         ``way_out``: the error says how to skip them."""
         if not self.found:
             return ()
-        examples = [f"{where}: {reason}" for where, reason in self.found[:_NUM_EXAMPLES]]
-        more = [f"and {len(self.found) - _NUM_EXAMPLES} more"] if len(self.found) > _NUM_EXAMPLES else []
+        examples = [f"{where}: {reason}" for where, reason in self.found[:NUM_EXAMPLES]]
+        more = [f"and {len(self.found) - NUM_EXAMPLES} more"] if len(self.found) > NUM_EXAMPLES else []
         if on_bad_sample == "skip":
             return (f"left out {len(self.found)} bad samples (data.on_bad_sample: skip): {'; '.join(examples + more)}",)
         skip = "data.on_bad_sample=skip leaves such rows out"

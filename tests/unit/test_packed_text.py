@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ def test_documents_are_counted_once_for_all_processes(tmp_path: Path, monkeypatc
     monkeypatch.setattr(PackedDocuments, "_count", lambda self: pytest.fail("counted again"))
     assert list(RowLoader(source(path, index=tmp_path / "index"), 4)) == whole
     assert len(list((tmp_path / "index").iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:50], lambda _: b"", lambda content: content.replace(b"<i8", b"<f8")])
+def test_damaged_counts_are_counted_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path, index = documents(tmp_path), tmp_path / "index"
+    whole = source(path, index=index)
+    (kept,) = index.iterdir()
+    kept.write_bytes(damage(kept.read_bytes()))
+    assert source(path, index=index).num_tokens == whole.num_tokens and np.load(kept).sum() == whole.num_tokens
 
 
 def test_counts_are_those_of_the_field_and_of_the_tokenizer(tmp_path: Path) -> None:
@@ -138,5 +148,10 @@ def test_documents_that_cannot_be_used_are_named_before_anything_starts(tmp_path
         source(path)
     skipped = source(path, on_bad_sample="skip")
     assert skipped.num_items == source(documents(tmp_path)).num_items and "left out 2 bad samples" in skipped.notes[0]
+    with Path(path).open("a") as stream:
+        stream.write('{"text": ""}\n' * 300)
+    assert "left out 300 bad samples" in source(path, on_bad_sample="skip").notes[0]
+    with pytest.raises(ConfigError, match=r"^300 bad samples.*\n(.*a\.jsonl:4\d: .*\n){5}  and 295 more$"):
+        source(path)
     with pytest.raises(ConfigError, match=r"tokens together, and an example has runner\.seq_length \(100000\)"):
         source(documents(tmp_path), length=100000)
