@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,8 @@ _CHUNK_BYTES = 2**22
 _WINDOW_BYTES = 2**26
 # First bytes of files that are often taken for text.
 _PARQUET = b"PAR1"
+# What pyarrow raises for damaged files, and for values that Python has not: text that is not UTF-8, a date of year 300000.
+_PYARROW_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, LookupError, NotImplementedError)
 _BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
 
 
@@ -44,7 +47,7 @@ class _File(Protocol):
     Attributes:
         path: as given, or below the folder that was given.
         num_rows: rows in it.
-        digest: of its content.
+        digest: of its content, or of a description that tells it from others.
     """
 
     @property
@@ -143,7 +146,7 @@ class RowFiles:
         return np.lexsort((random.permutation(len(self)), np.repeat(window, sizes)))
 
     def fingerprint(self) -> str:
-        """Hash of all files' content in their order, wherever they lie."""
+        """Hash of all files' content in their order, wherever they lie; of Parquet files, of what their footers say of it."""
         return hashlib.blake2b(b"".join(file.digest for file in self._files), digest_size=16).hexdigest()
 
     def _locate(self, row: int) -> tuple[_File, int]:
@@ -290,14 +293,12 @@ class ParquetFile:
         try:
             with parquet.ParquetFile(path) as file:
                 groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-                schema = str(file.schema_arrow)
-        except (OSError, ValueError) as error:  # what pyarrow raises for damaged files
+            self.digest = _digest_of_footer(path)
+        except _PYARROW_ERRORS as error:
             raise ConfigError(f"data file {path} cannot be read: {str(error).splitlines()[0]}") from None
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self._bytes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
         self.num_rows = int(self._ends[-1]) if groups else 0
-        # Offsets, sizes and extremes of every column's chunks tell files apart without reading them.
-        self.digest = hashlib.blake2b(repr((schema, [group.to_dict() for group in groups])).encode(), digest_size=16).digest()
 
     @property
     def blocks(self) -> tuple[Integers, Integers]:
@@ -306,7 +307,11 @@ class ParquetFile:
     def read(self, row: int) -> Any:
         group = int(np.searchsorted(self._ends, row, side="right"))
         first = int(self._ends[group - 1]) if group else 0
-        return self._table(group).slice(row - first, 1).to_pylist()[0]
+        table = self._table(group)
+        try:
+            return table.slice(row - first, 1).to_pylist()[0]
+        except _PYARROW_ERRORS as error:
+            raise BadRow(f"not a row that can be read: {str(error).splitlines()[0]}") from None
 
     def where(self, row: int) -> str:
         return f"{self.path}[{row}]"
@@ -319,13 +324,22 @@ class ParquetFile:
         try:
             with _pyarrow_parquet(self.path).ParquetFile(self.path) as file:
                 table = file.read_row_group(group, use_threads=False)
-        except (OSError, ValueError) as error:
+        except _PYARROW_ERRORS as error:
             raise BadRow(f"row group {group} cannot be read: {str(error).splitlines()[0]}") from None
         tables[name] = table
         # At the border of two windows groups of both are asked for.
         while len(tables) > 1 and sum(held.nbytes for held in tables.values()) > 2 * _WINDOW_BYTES:
             tables.popitem(last=False)
         return table
+
+
+def _digest_of_footer(path: Path) -> bytes:
+    """Its schema, and offsets, sizes and extremes of every column's chunks, tell Parquet files apart without reading them."""
+    with path.open("rb") as stream:
+        stream.seek(-8, os.SEEK_END)  # the footer's length, and PAR1
+        length = int.from_bytes(stream.read(4), "little")
+        stream.seek(-8 - length, os.SEEK_END)
+        return hashlib.blake2b(stream.read(length), digest_size=16).digest()
 
 
 def _pyarrow_parquet(path: Path) -> Any:

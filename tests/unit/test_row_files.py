@@ -83,6 +83,7 @@ def test_files_that_are_something_else_are_refused(name: str, content: bytes, re
 
 def test_rows_are_read_one_by_one_and_stay_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "a.jsonl", "".join(json.dumps({"i": i, "text": "x" * 500}) + "\n" for i in range(20000)))
+    np.random.default_rng(0)  # numpy imports it when it is asked for
     tracemalloc.start()
     files = RowFiles([path])
     files.order(0, shuffle=True, seed=0)
@@ -120,6 +121,21 @@ def test_parquet_rows_are_as_those_of_json_with_bytes(tmp_path: Path) -> None:
     assert RowFiles([path]).fingerprint() != RowFiles([other]).fingerprint()
     with pytest.raises(ConfigError, match=r"c\.parquet cannot be read"):
         RowFiles([written(tmp_path / "c.parquet", Path(path).read_bytes()[:-9])])
+
+
+def test_a_parquet_row_that_python_cannot_have_is_bad_and_the_others_are_read(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = {
+        "'utf-8' codec can't decode byte 0xff": pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")),
+        "date value out of range": pa.array([2**62], pa.timestamp("us")),
+        "duplicate field names": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
+    }
+    for i, (reason, value) in enumerate(values.items()):
+        table = pa.table({"i": [0, 1], "x": pa.concat_arrays([value, pa.nulls(1, value.type)])})
+        pq.write_table(table, tmp_path / f"{i}.parquet")
+        [(where, bad), (_, good)] = all_rows(str(tmp_path / f"{i}.parquet"))
+        assert where.endswith(f"{i}.parquet[0]") and isinstance(bad, BadRow) and reason in str(bad)
+        assert good == {"i": 1, "x": None}
 
 
 def test_row_groups_are_read_about_once_an_epoch_when_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
