@@ -240,6 +240,9 @@ def test_a_row_of_more_or_fewer_placeholders_than_pictures_is_refused(processor:
         ("https://example.com/a.png", "is on the network; download it"),
         ("data:image/png,abc", "is a data address without base64"),
         (7, "a picture is int"),
+        ("file://" + "a" * 300, "cannot be read: .*File name too long"),
+        ("\ud800.png", "a picture's path holds half of a surrogate pair"),
+        ({"path": "file://\ud800.png"}, "a picture's path holds half of a surrogate pair"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_named(reference: Any, reason: str, tmp_path: Path) -> None:
@@ -269,6 +272,22 @@ def test_pictures_are_turned_as_they_say_and_clear_ones_lie_on_white(tmp_path: P
     picture(30, 40).save(tmp_path / "turned.png", exif=exif)
     assert open_picture("turned.png", tmp_path).size == (40, 30)
     assert open_picture(as_bytes(Image.new("RGBA", (4, 4), (9, 9, 9, 0))), tmp_path).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("clear", [False, True])
+def test_pixels_are_those_that_vllm_makes_of_the_same_file(mode: str, clear: bool, tmp_path: Path) -> None:
+    media = pytest.importorskip("vllm.multimodal.media")
+    image = Image.new(mode, (9, 7), 9) if mode == "I;16" else picture(9, 7).convert(mode)
+    colour = {"L": 9, "P": 9, "RGB": (9, 9, 9)}.get(mode)
+    said = {}
+    if clear and colour is not None:
+        image.paste(colour, (0, 0, 5, 5))
+        said["transparency"] = colour
+    stream = io.BytesIO()
+    image.save(stream, "TIFF" if mode == "CMYK" else "PNG", **said)
+    expected = np.asarray(media.ImageMediaIO().load_bytes(stream.getvalue()).media)
+    assert np.array_equal(np.asarray(open_picture(stream.getvalue(), tmp_path)), expected)
 
 
 def test_a_question_is_the_prompt_as_an_engine_is_asked_it(processor: PictureProcessor) -> None:
