@@ -6,8 +6,6 @@ sample. Knows no tokenizer, torch or Ray, so that ``workers.check`` may use it.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,14 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlsync.errors import ConfigError
+from workers.row_files import BINARY, BOM, FORMS, PARQUET, BadRow, is_number, kind_of, read_json
 
 OnBadSample = Literal["error", "skip"]
 
 _FINAL_ANSWER_MARK = "####"
 # Bad samples of which the reason is said; others are counted.
 NUM_EXAMPLES = 5
-# First bytes of files that are often taken for text.
-_BINARY = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +57,6 @@ class BadSamples:
         raise ConfigError("\n  ".join((f"{len(self.found)} bad samples{f'; {skip}' if way_out else ''}:", *examples, *more)))
 
 
-class _Bad(Exception):
-    """Why a row is no problem."""
-
-
 def load_problems(
     paths: Sequence[str],
     *,
@@ -98,7 +91,7 @@ def load_problems(
                 return problems
             try:
                 problems.append(_problem(row, where, prompt_key, answer_key, metadata=metadata))
-            except _Bad as reason:
+            except BadRow as reason:
                 taken.add(where, str(reason))
         if len(problems) == before and len(taken.found) == bad_before:
             raise ConfigError(f"{path}: no problems in this file")
@@ -115,12 +108,12 @@ def load_supervised(paths: Sequence[str], rows_per_file: int | None = None) -> l
     for path in paths:
         for where, row in islice(_rows(Path(path)), rows_per_file):
             try:
-                if isinstance(row, _Bad):
+                if isinstance(row, BadRow):
                     raise row
                 if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "response")):
-                    raise _Bad("needs the fields 'prompt' and 'response' with strings")
+                    raise BadRow("needs the fields 'prompt' and 'response' with strings")
                 found.append(Problem(_text(row["prompt"], "prompt"), (_text(row["response"], "response"),), where))
-            except _Bad as reason:
+            except BadRow as reason:
                 bad.add(where, str(reason))
     bad.settle("error", way_out=False)
     if not found:
@@ -129,7 +122,7 @@ def load_supervised(paths: Sequence[str], rows_per_file: int | None = None) -> l
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, content) of each row; for a line that cannot be read the content is the ``_Bad`` that says why."""
+    """(file and line, content) of each row; for a line that cannot be read the content is the ``BadRow`` that says why."""
     try:
         if not path.exists():
             raise ConfigError(f"data file {path} does not exist (seen from {Path.cwd()})")
@@ -137,7 +130,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"data file {path} is a folder; name the JSONL or JSON files in it")
         with path.open("rb") as stream:
             start = stream.read(4)
-            for mark, name in _BINARY.items():
+            for mark, name in {PARQUET: "Parquet", **BINARY}.items():
                 if start.startswith(mark):
                     raise ConfigError(f"data file {path} is a {name} file; JSONL and JSON are read, so convert it first")
             if path.suffix == ".parquet":
@@ -148,46 +141,35 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 return
             for number, line in enumerate(stream, start=1):
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    line = line.removeprefix(BOM)
                 if line.strip():
-                    yield f"{path}:{number}", _line(line)
+                    yield f"{path}:{number}", read_json(line)
     except OSError as error:
         raise ConfigError(f"data file {path} cannot be read: {error.strerror}") from None
 
 
 def _array(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    found = _line(content.removeprefix(b"\xef\xbb\xbf"))
-    if isinstance(found, _Bad):
-        raise ConfigError(f"{path}: {found}; a .json file holds one array of objects, a .jsonl file an object a line")
+    found = read_json(content.removeprefix(BOM))
+    if isinstance(found, BadRow):
+        raise ConfigError(f"{path}: {found}; {FORMS}")
     if not isinstance(found, list):
-        raise ConfigError(f"{path}: holds {_kind(found)}; a .json file holds one array of objects, a .jsonl file an object a line")
+        raise ConfigError(f"{path}: holds {kind_of(found)}; {FORMS}")
     yield from ((f"{path}[{i}]", row) for i, row in enumerate(found))
 
 
-def _line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return _Bad(f"not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}")
-    except json.JSONDecodeError as error:
-        return _Bad(f"not JSON: {error}")
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number of too many digits
-        return _Bad(f"not JSON that can be read: {error}")
-
-
 def _problem(row: Any, where: str, prompt_key: str, answer_key: str, *, metadata: bool) -> Problem:
-    if isinstance(row, _Bad):
+    if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
-        raise _Bad(_no_object(row))
+        raise BadRow(f"expected an object, got {kind_of(row)}")
     if prompt_key not in row and {"question", "answer"} <= row.keys():
         prompt_key, answer_key = "question", "answer"
     for name in (prompt_key,) if metadata else (prompt_key, answer_key):
         if name not in row:
-            raise _Bad(f"no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}. Set data.prompt_key / data.answer_key")
+            raise BadRow(f"no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}. Set data.prompt_key / data.answer_key")
     answers = row.get(answer_key, [])
     if answers == [] and not metadata:
-        raise _Bad(f"field {answer_key!r} is an empty list; a problem needs a reference answer")
+        raise BadRow(f"field {answer_key!r} is an empty list; a problem needs a reference answer")
     answers = answers if isinstance(answers, list) else [answers]
     others = {name: value for name, value in row.items() if name not in (prompt_key, answer_key)} if metadata else {}
     return Problem(_prompt(row[prompt_key], prompt_key), tuple(_answer(answer, answer_key) for answer in answers), where, others)
@@ -196,18 +178,18 @@ def _problem(row: Any, where: str, prompt_key: str, answer_key: str, *, metadata
 def _prompt(prompt: Any, key: str) -> str | tuple[Mapping[str, str], ...]:
     if isinstance(prompt, str):
         if not prompt.strip():
-            raise _Bad(f"field {key!r} is empty; a problem needs a prompt")
+            raise BadRow(f"field {key!r} is empty; a problem needs a prompt")
         return _text(prompt, key)
     if not isinstance(prompt, list):
-        raise _Bad(f"field {key!r} holds {_kind(prompt)}; a prompt is a string or a list of messages")
+        raise BadRow(f"field {key!r} holds {kind_of(prompt)}; a prompt is a string or a list of messages")
     if not prompt:
-        raise _Bad(f"field {key!r} is an empty list of messages")
+        raise BadRow(f"field {key!r} is an empty list of messages")
     for i, message in enumerate(prompt):
         if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise _Bad(f"field {key!r}: message {i} needs a `role` and a `content` that are strings")
+            raise BadRow(f"field {key!r}: message {i} needs a `role` and a `content` that are strings")
         _text(message["role"] + message["content"], key)
     if not any(message["content"].strip() for message in prompt):
-        raise _Bad(f"field {key!r} holds empty messages only")
+        raise BadRow(f"field {key!r} holds empty messages only")
     return tuple(prompt)
 
 
@@ -215,27 +197,15 @@ def _text(text: str, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _Bad(f"field {key!r} holds half of a surrogate pair, which is no text") from None
+        raise BadRow(f"field {key!r} holds half of a surrogate pair, which is no text") from None
     return text
 
 
 def _answer(answer: Any, key: str) -> str:
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool) and math.isfinite(answer)
-    if not isinstance(answer, str) and not is_number:
-        raise _Bad(f"field {key!r} holds {_kind(answer)}; a reference answer is a string or a finite number")
+    if not isinstance(answer, str) and not is_number(answer):
+        raise BadRow(f"field {key!r} holds {kind_of(answer)}; a reference answer is a string or a finite number")
     text = str(answer).rsplit(_FINAL_ANSWER_MARK, 1)[-1].strip()
     if not text:
         after = f" after {_FINAL_ANSWER_MARK}" if str(answer).strip() else ""
-        raise _Bad(f"field {key!r} is empty{after}; a problem needs a reference answer")
+        raise BadRow(f"field {key!r} is empty{after}; a problem needs a reference answer")
     return _text(text, key)
-
-
-def _no_object(row: Any) -> str:
-    return f"expected an object, got {type(row).__name__}"
-
-
-def _kind(value: Any) -> str:
-    """A JSON value for messages: in full where it is a word of JSON's own."""
-    if value is None or isinstance(value, (bool, float)):
-        return json.dumps(value)
-    return {dict: "an object", list: "a list", str: "a string", int: "a number"}[type(value)]

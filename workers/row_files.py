@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -25,16 +26,16 @@ from rlsync.errors import ConfigError
 Integers = NDArray[np.int64]
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
-_FORMS = "a .json file holds one array of objects, a .jsonl file an object a line"
-_BOM = b"\xef\xbb\xbf"
+FORMS = "a .json file holds one array of objects, a .jsonl file an object a line"
+BOM = b"\xef\xbb\xbf"
 _CHUNK_BYTES = 2**22
 # Row groups of Parquet files are shuffled together up to this size, and as much is kept in memory.
 _WINDOW_BYTES = 2**26
 # First bytes of files that are often taken for text.
-_PARQUET = b"PAR1"
+PARQUET = b"PAR1"
 # What pyarrow raises for damaged files, and for values that Python has not: text that is not UTF-8, a date of year 300000.
 _PYARROW_ERRORS = (OSError, ValueError, TypeError, ArithmeticError, LookupError, NotImplementedError)
-_BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
+BINARY = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"ARRO": "Arrow"}
 
 
 class BadRow(Exception):
@@ -160,10 +161,10 @@ def _open(path: Path) -> _File:
     try:
         with path.open("rb") as stream:
             start = stream.read(4)
-        for mark, name in _BINARY.items():
+        for mark, name in BINARY.items():
             if start.startswith(mark):
                 raise ConfigError(f"data file {path} is a {name} file; JSONL, JSON and Parquet are read, so convert it first")
-        is_parquet = start == _PARQUET
+        is_parquet = start == PARQUET
         if is_parquet != (path.suffix == ".parquet"):
             raise ConfigError(f"data file {path} is {'' if is_parquet else 'not '}a Parquet file; name such files, and no others, .parquet")
         file: _File = ParquetFile(path) if is_parquet else _array(path) if path.suffix == ".json" else _lines(path)
@@ -214,11 +215,31 @@ def parse_json(line: bytes) -> Any:
         raise BadRow(f"not JSON that can be read: {error}") from None
 
 
+def read_json(line: bytes) -> Any:
+    """A JSON value, or the BadRow that says why there is none."""
+    try:
+        return parse_json(line)
+    except BadRow as reason:
+        return reason
+
+
+def kind_of(value: Any) -> str:
+    """A value of a row for messages: in full where it is a word of JSON's own."""
+    if value is None or isinstance(value, (bool, float)):
+        return json.dumps(value)
+    return {dict: "an object", list: "a list", str: "a string", int: "a number", bytes: "bytes"}.get(type(value), type(value).__name__)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that text can be made of; a whole one may be larger than floats are."""
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _lines(path: Path) -> _JsonFile:
     """Where the lines of a file lie that are not blank."""
     digest, offset, breaks = hashlib.blake2b(digest_size=16), 0, [np.array([-1])]
     with path.open("rb") as stream:
-        begin = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
+        begin = len(BOM) if stream.read(len(BOM)) == BOM else 0
         stream.seek(0)
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
@@ -242,12 +263,12 @@ _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 def _array(path: Path) -> _JsonFile:
     """Where the elements of a file's array lie. What they hold is found out when they are read."""
     if path.stat().st_size == 0:
-        raise ConfigError(f"{path}: is empty; {_FORMS}")
+        raise ConfigError(f"{path}: is empty; {FORMS}")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        begin = len(_BOM) if content[: len(_BOM)] == _BOM else 0
+        begin = len(BOM) if content[: len(BOM)] == BOM else 0
         first = re.compile(rb"\S").search(content, begin)
         if first is None or first.group() != b"[":
-            raise ConfigError(f"{path}: holds no array; {_FORMS}")
+            raise ConfigError(f"{path}: holds no array; {FORMS}")
         commas, end = [first.start()], None
         depth = 0
         for token in _tokens(content, begin):
@@ -262,7 +283,7 @@ def _array(path: Path) -> _JsonFile:
             elif mark == b"," and depth == 1:
                 commas.append(token.start())
         if end is None or content[end + 1 :].strip():
-            raise ConfigError(f"{path}: not JSON: {'the array does not end' if end is None else 'something follows the array'}; {_FORMS}")
+            raise ConfigError(f"{path}: not JSON: {'the array does not end' if end is None else 'something follows the array'}; {FORMS}")
         digest = hashlib.blake2b(digest_size=16)
         for at in range(0, len(content), _CHUNK_BYTES):
             digest.update(content[at : at + _CHUNK_BYTES])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +15,7 @@ from typing import Any, Literal
 
 from workers.config.grpo import DataConfig
 from workers.config.sft import SftDataConfig
-from workers.row_files import BadRow
+from workers.row_files import BadRow, is_number, kind_of
 
 RowType = Literal["vlm", "chat", "llm", "text"]
 
@@ -424,7 +423,7 @@ def _chosen(answer: Any, choices: Sequence[str], key: str) -> int:
 
 
 def _plain_answer(value: Any, key: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if is_number(value):
         return str(value)
     return _text(value, key)
 
@@ -440,10 +439,3 @@ def _listed(names: Any) -> str:
 def no_eyes(num_images: int) -> str:
     """What is wrong with a row that has pictures, for a model of text."""
     return f"it has {num_images} pictures, and the model takes none"
-
-
-def kind_of(value: Any) -> str:
-    """A value of a row for messages: in full where it is a word of JSON's own."""
-    if value is None or isinstance(value, (bool, float)):
-        return json.dumps(value)
-    return {dict: "an object", list: "a list", str: "a string", int: "a number", bytes: "bytes"}.get(type(value), type(value).__name__)

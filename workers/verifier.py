@@ -104,7 +104,7 @@ def call(function: Callable[..., Any], task: Task, path: Path) -> dict[str, Any]
         return {"error": f"it raised {last_line(error, path)}"}
     try:
         rewards = [float(reward) for reward in returned]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return {"error": f"it returned {_short(returned)}, expected a list of {count} numbers"}
     if len(rewards) != count:
         return {"error": f"it returned {len(rewards)} rewards for {count} responses"}

@@ -44,6 +44,12 @@ def test_math_lines_are_read_with_one_or_several_references(tmp_path: Path) -> N
     assert load_problems([path, path], data_size=4) == [*found, found[0]]
 
 
+def test_a_whole_number_may_be_larger_than_floats_are(tmp_path: Path) -> None:
+    """As 2^2000 is, which some problems ask for."""
+    [found] = load_problems([written(tmp_path / "a.jsonl", {"prompt": "2^2000", "solutions": 2**2000})])
+    assert found.answers == (str(2**2000),)
+
+
 def test_gsm8k_lines_keep_what_follows_the_mark(tmp_path: Path) -> None:
     path = written(tmp_path / "g.jsonl", {"question": "How many?", "answer": "1+1=<<1+1=2>>2\n#### 2,000"})
     assert load_problems([path]) == [Problem("How many?", ("2,000",))]
@@ -61,7 +67,7 @@ def test_a_json_array_is_read_too(tmp_path: Path) -> None:
         ('{"prompt": "a", "solutions": "1"}\n{"prompt": "a"}\n', "a.jsonl:2: no field 'solutions'"),
         ('{"prompt": "a", "solutions": "1"}\n{"prompt"\n', "a.jsonl:2: not JSON"),
         ('{"prompt": "a", "solutions": []}\n', "a.jsonl:1: field 'solutions' is an empty list"),
-        ("[1]\n", "a.jsonl:1: expected an object, got list"),
+        ("[1]\n", "a.jsonl:1: expected an object, got a list"),
         ("\n", "a.jsonl: no problems in this file"),
     ],
 )
@@ -83,6 +89,7 @@ def test_bad_lines_are_named(tmp_path: Path, content: str, message: str) -> None
         ('"  "', "is empty"),
         ('"because\\n#### "', "is empty after ####"),
         ('"\\ud800"', "holds half of a surrogate pair"),
+        ("1e400", "holds Infinity"),
     ],
 )
 def test_what_is_no_reference_answer_does_not_become_one(tmp_path: Path, answer: str, reason: str) -> None:

@@ -69,6 +69,9 @@ async def awaited(**others):
     return []
 
 number = 3
+
+def huge(**others):
+    return [10**400, 0]
 """
 
 
@@ -134,6 +137,7 @@ def test_a_function_sees_prompt_responses_references_and_metadata_of_a_row_and_i
         ("one_raises", "it raised ZeroDivisionError: division by zero (.*functions.py:10, in .*)"),
         ("too_few", "it returned 1 rewards for 2 responses"),
         ("nan", "it returned nan as a reward"),
+        ("huge", r"it returned list \[10000"),
         ("nothing", "it returned None, expected a list of 2 numbers"),
     ],
 )
@@ -175,7 +179,7 @@ def test_a_file_that_cannot_be_imported_is_refused_before_anything_starts(tmp_pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sen", "does not define sen at its top level; it defines late, nan, nothing, one_raises, runs_programs, seen, takes_less, too"),
+        ("sen", "does not define sen at its top level; it defines huge, late, nan, nothing, one_raises, runs_programs, seen, takes_less, too"),
         ("takes_less", "line 35. does not take prompts, references, metadata; it is called with the keywords prompts, responses"),
         ("wants_more", "line 32. wants model; it is called with"),
         ("awaited", "awaited is a coroutine"),

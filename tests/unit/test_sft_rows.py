@@ -68,6 +68,10 @@ def test_pictures_stand_at_their_marks_or_before_the_question() -> None:
     assert question(image=None).images == ()
 
 
+def test_an_answer_may_be_a_number_larger_than_floats_are() -> None:
+    assert question(correct_answer=2**2000).answer == str(2**2000)
+
+
 def test_a_question_with_an_empty_list_of_choices_has_none() -> None:
     """As columns of lists have it in tables where other questions have choices."""
     for choices in ([], "[]", None):
