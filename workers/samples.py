@@ -143,7 +143,8 @@ class ReplicaBatch:
 
 def with_advantages(samples: Sequence[Sample], group_size: int, *, normalize: bool) -> list[Sample]:
     """Group-relative advantages, whitened over all response tokens of the step where asked. Groups lie next to each other."""
-    advantages = group_advantages(torch.tensor([s.reward for s in samples]), group_size)
+    # A function's rewards may be large and differ by little, or be larger than float32 has them.
+    advantages = group_advantages(torch.tensor([s.reward for s in samples], dtype=torch.float64), group_size)
     if normalize:
         # A response's tokens share its advantage, so its length is its weight.
         tokens = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float64)

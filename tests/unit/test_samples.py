@@ -155,6 +155,12 @@ def test_equal_rewards_give_no_advantage(normalize: bool) -> None:
     assert all(s.advantage == 0 for s in with_advantages([sample(1, 2, reward=1.0)] * 8, 4, normalize=normalize))
 
 
+@pytest.mark.parametrize("rewards", [(1e8, 1e8 + 1), (1e39, 2e39)])
+def test_rewards_that_float32_does_not_tell_apart_or_have_give_the_advantages_of_others(rewards: tuple[float, float]) -> None:
+    found = with_advantages([sample(1, 2, reward=reward) for reward in rewards], 2, normalize=False)
+    assert [s.advantage for s in found] == pytest.approx([-(0.5**0.5), 0.5**0.5], abs=1e-5)
+
+
 TOKEN_COUNTS = st.lists(st.integers(1, 50), min_size=1, max_size=40)
 
 
