@@ -417,6 +417,8 @@ def warm_start_texts(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, e
         if (reason := unknown_token(response_ids, tokenizer, vocab_size)) is not None:
             bad.add(problem.where, reason)
         examples.append(answered(tuple(prompt_ids), (*response_ids, *end), problem.where))
+        if (length := examples[-1].length) > config.runner.seq_length:
+            bad.add(problem.where, f"prompt and response have {length} tokens, and runner.seq_length is {config.runner.seq_length}")
     bad.settle("error", way_out=False)
     order = torch.Generator().manual_seed(config.actor.seed)
     picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from rlsync.errors import ConfigError
 from workers.row_files import BINARY, BOM, FORMS, PARQUET, BadRow, is_number, kind_of, read_json
+from workers.sft_rows import refuse_pictures
 
 OnBadSample = Literal["error", "skip"]
 
@@ -112,6 +113,7 @@ def load_supervised(paths: Sequence[str], rows_per_file: int | None = None) -> l
                     raise row
                 if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("prompt", "response")):
                     raise BadRow("needs the fields 'prompt' and 'response' with strings")
+                refuse_pictures(row, "math")
                 found.append(Problem(_text(row["prompt"], "prompt"), (_text(row["response"], "response"),), where))
             except BadRow as reason:
                 bad.add(where, str(reason))
@@ -167,7 +169,11 @@ def _problem(row: Any, where: str, prompt_key: str, answer_key: str, *, metadata
     for name in (prompt_key,) if metadata else (prompt_key, answer_key):
         if name not in row:
             raise BadRow(f"no field {name!r}; it has {', '.join(map(repr, row)) or 'none'}. Set data.prompt_key / data.answer_key")
+    if not metadata:
+        refuse_pictures(row, "math")
     answers = row.get(answer_key, [])
+    if answers is None and metadata:
+        answers = []
     if answers == [] and not metadata:
         raise BadRow(f"field {answer_key!r} is an empty list; a problem needs a reference answer")
     answers = answers if isinstance(answers, list) else [answers]

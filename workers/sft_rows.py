@@ -127,6 +127,7 @@ def _text(value: Any, name: str) -> str:
 
 def _pair(row: Mapping[str, Any], form: RowForm) -> Conversation:
     """``prompt`` and ``response``, both strings."""
+    refuse_pictures(row, form.type)
     prompt = _text(_field(row, form.prompt_key, "data.prompt_key"), form.prompt_key)
     response = _text(_field(row, form.answer_key, "data.answer_key"), form.answer_key)
     return Conversation(
@@ -298,6 +299,15 @@ def _pictures_of(row: Mapping[str, Any], form: RowForm) -> list[Any]:
             f"leave {unnamed[0]!r} out of the rows"
         )
     return found
+
+
+def refuse_pictures(row: Mapping[str, Any], data_type: str) -> None:
+    """Raise BadRow where a row of a type that has none holds pictures."""
+    unseen = [key for key in _USUAL_IMAGE_KEYS if row.get(key)]
+    if unseen:
+        raise BadRow(
+            f"the row has {_listed(unseen)}, which data.type {data_type} does not read: its pictures would not be seen; vlm reads them"
+        )
 
 
 _READERS: Mapping[str, Callable[[Mapping[str, Any], RowForm], Conversation]] = {"vlm": _question, "chat": _chat, "llm": _pair}

@@ -50,6 +50,17 @@ def test_a_whole_number_may_be_larger_than_floats_are(tmp_path: Path) -> None:
     assert found.answers == (str(2**2000),)
 
 
+def test_a_text_problem_with_pictures_is_refused_unless_a_reward_function_is_given_them(tmp_path: Path) -> None:
+    """Such a problem cannot be solved, and its reward would be that of wrong answers."""
+    row = {"prompt": "<image>Find x.", "images": ["a.png"]}
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1: the row has 'images', which data\.type math does not read: its pictures would not"):
+        load_problems([written(tmp_path / "a.jsonl", {**row, "solutions": "4"})])
+    [found] = load_problems([str(tmp_path / "a.jsonl")], metadata=True)
+    assert found.metadata == {"images": ["a.png"]}
+    [unanswered] = load_problems([written(tmp_path / "b.jsonl", {**row, "solutions": None})], metadata=True)
+    assert unanswered.answers == ()
+
+
 def test_gsm8k_lines_keep_what_follows_the_mark(tmp_path: Path) -> None:
     path = written(tmp_path / "g.jsonl", {"question": "How many?", "answer": "1+1=<<1+1=2>>2\n#### 2,000"})
     assert load_problems([path]) == [Problem("How many?", ("2,000",))]

@@ -179,7 +179,7 @@ def test_a_file_that_cannot_be_imported_is_refused_before_anything_starts(tmp_pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sen", "does not define sen at its top level; it defines huge, late, nan, nothing, one_raises, runs_programs, seen, takes_less, too"),
+        ("sen", "does not define sen at its top level; it defines huge, late, nan, nothing, one_raises, runs_programs, seen, takes_less"),
         ("takes_less", "line 35. does not take prompts, references, metadata; it is called with the keywords prompts, responses"),
         ("wants_more", "line 32. wants model; it is called with"),
         ("awaited", "awaited is a coroutine"),

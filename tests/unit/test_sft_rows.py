@@ -89,6 +89,9 @@ def test_pictures_in_a_field_that_nobody_named_are_refused() -> None:
     # One that was chosen stands for the row, and a row may have none.
     assert conversation({**row, "photo": "b.png"}, named).images == ("b.png",)
     assert conversation({**row, "image": []}, named).images == ()
+    with pytest.raises(BadRow, match=r"the row has 'image', which data\.type llm does not read: its pictures would not be seen; vlm reads"):
+        conversation(row, RowForm("llm", "question", "correct_answer"))
+    assert conversation({**row, "image": None}, RowForm("llm", "question", "correct_answer")).answer == "yes"
     with pytest.raises(BadRow, match=r"the row has 'images', and data\.image_keys names none"):
         conversation({"messages": [{"role": "user", "content": "<image>?"}, ANSWER], "images": ["a"]}, RowForm("chat", "messages", ""))
 

@@ -72,3 +72,8 @@ def test_rows_that_no_rollout_could_ask_end_a_warm_start_by_file_and_line(world:
     for row in ({"prompt": "1<new>", "response": "2"}, {"prompt": "1", "response": "<new>"}):
         with pytest.raises(ConfigError, match=r"rows\.jsonl:2: .*'<new>' of id"):
             start(**row)
+    length = found.runner.seq_length
+    with pytest.raises(
+        ConfigError, match=rf"rows\.jsonl:2: prompt and response have {length + 3} tokens, and runner\.seq_length is {length}"
+    ):
+        start(prompt="1", response="2" * length)
