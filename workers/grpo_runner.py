@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from workers.judges import Beside, MathJudge, Verdict, open_judge
 from workers.metrics import difference_metrics, idle_metrics, sample_metrics, speed_metrics
 from workers.metrics_log import REWARDS
 from workers.model_folder import read_vocab_size, unknown_token
-from workers.picture_prompts import warm_start_examples
+from workers.picture_prompts import warm_start_loader
 from workers.preparation import Preparation, prepare, prompt_form
 from workers.problems import BadSamples, load_supervised
 from workers.resume import Beginning
@@ -145,8 +146,11 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         if pictures is None:
             steps = [warm_start_texts(config, warm, tokenizer, self._prepared.stop_ids[:1])]
         else:  # one by one, because pictures of all steps would be held at once
-            steps = ([step] for step in warm_start_examples(config, warm, tokenizer, pictures))
+            loader = warm_start_loader(config, warm, tokenizer, pictures)
+            steps = ([step] for step in islice(loader, warm.num_steps))
         losses = [loss for given in steps for loss in self._on_ranks("warm_start", ray.put(given), warm.lr)[0]]
+        for note in () if pictures is None else left_out_notes(loader):
+            self._screen.note(note)
         took = time.monotonic() - began
         self._screen.component("warm start", took, f"{warm.num_steps} steps, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
@@ -423,6 +427,14 @@ def warm_start_texts(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, e
     order = torch.Generator().manual_seed(config.actor.seed)
     picks = [torch.randint(len(examples), (warm.batch_size,), generator=order).tolist() for _ in range(warm.num_steps)]
     return [[examples[i] for i in pick] for pick in picks]
+
+
+def left_out_notes(loader: RowLoader[SftExample]) -> tuple[str, ...]:
+    """What a user should know of rows that were left out of a warm start, each time that it came to one."""
+    bad, too_long = (int(count) for count in loader.take_left_out().values())
+    found = [f"{bad} that cannot be used (data.on_bad_sample: skip)"] * (bad > 0)
+    found += [f"{too_long} of more than runner.seq_length tokens"] * (too_long > 0)
+    return (f"others were in the place of rows of warm_start.data_paths: of {' and '.join(found)}",) if found else ()
 
 
 def _sample(prompt: Prompt, completion: Completion, routes: torch.Tensor | None) -> Sample:

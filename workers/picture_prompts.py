@@ -158,15 +158,16 @@ def with_pictures(source: PicturePrompts, prompts: Sequence[Prompt], num_workers
         yield [replace(prompt, images=images) for images, prompt in zip(part, left, strict=False)]
 
 
-def warm_start_examples(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, pictures: PictureProcessor) -> Iterator[list[SftExample]]:
-    """The examples of each step of a warm start, whose rows have questions, pictures and answers as those of the training. Raises
-    ConfigError, while iterating also for a row that cannot be used, unless ``data.on_bad_sample`` skips it."""
+def warm_start_loader(config: RunConfig, warm: WarmStartConfig, tokenizer: Any, pictures: PictureProcessor) -> RowLoader[SftExample]:
+    """The loader of a warm start, which has the examples of ``num_steps`` steps or more. Its rows have questions, pictures and answers as
+    those of the training; others are in the place of those that are too long. Raises ConfigError, while iterating also for a row that
+    cannot be used, unless ``data.on_bad_sample`` skips it."""
     vocab_size = read_vocab_size(Path(config.model_path), config.model_key)
     encode = ExampleEncoder(tokenizer, ExampleForm(max_length=config.runner.seq_length), pictures, vocab_size=vocab_size)
     on = config.data.on_bad_sample
     source = RowExamples(RowFiles(warm.data_paths), row_form(config.data), encode, on_bad_sample=on, on_too_long="skip")
     per_epoch = source.num_items // warm.batch_size
-    loader = RowLoader(
+    return RowLoader(
         source,
         warm.batch_size,
         num_epochs=-(-warm.num_steps // max(1, per_epoch)),
@@ -175,4 +176,3 @@ def warm_start_examples(config: RunConfig, warm: WarmStartConfig, tokenizer: Any
         batch_key="warm_start.batch_size",
         too_long="Raise runner.seq_length",
     )
-    return islice(loader, warm.num_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -26,9 +27,10 @@ from workers.check import GRPO_CHECKS, check_run
 from workers.config import RunConfig, load_config, validate_model
 from workers.config.schema import PictureRecipe
 from workers.data import Prompt
+from workers.grpo_runner import left_out_notes
 from workers.memory import training_options
 from workers.model_folder import read_hf_config
-from workers.picture_prompts import open_prompts, warm_start_examples
+from workers.picture_prompts import open_prompts, warm_start_loader
 from workers.picture_world import PictureWorld, build_picture_world
 from workers.pictures import PictureProcessor, load_picture_processor, open_picture, read_picture_limits
 from workers.preparation import picture_processor, prepare
@@ -264,10 +266,24 @@ def test_a_warm_start_learns_the_answers_of_rows_of_the_same_form(world: Picture
     found = config(world, warm_start=warm)
     assert found.warm_start is not None
     tokenizer = AutoTokenizer.from_pretrained(world.model_path)
-    steps = list(warm_start_examples(found, found.warm_start, tokenizer, processor_of(found)))
+    steps = list(islice(warm_start_loader(found, found.warm_start, tokenizer, processor_of(found)), 5))
     assert [len(step) for step in steps] == [16] * 5 and all(example.pixel_values is not None for step in steps for example in step)
     with pytest.raises(ConfigError, match=r"fewer than warm_start.batch_size \(25\)"):
-        warm_start_examples(found, load_config(values(world, warm_start={**warm, "batch_size": 25})).warm_start, tokenizer, None)
+        warm_start_loader(found, load_config(values(world, warm_start={**warm, "batch_size": 25})).warm_start, tokenizer, None)
+
+
+def test_rows_that_are_left_out_of_a_warm_start_are_said(world: PictureWorld) -> None:
+    good = [json.loads(line) for line in world.train_path.read_text().splitlines()][:6]
+    rows = [{**row, "image": str(world.train_path.parent / row["image"])} for row in good]
+    path = written(world, "warm.jsonl", *rows, {**rows[0], "question": "Which?" * 99}, {**rows[0], "question": ""})
+    warm = {"data_paths": path, "num_steps": 1, "batch_size": 8}
+    found = config(world, warm_start=warm, data={**values(world)["data"], "on_bad_sample": "skip"})
+    assert found.warm_start is not None
+    loader = warm_start_loader(found, found.warm_start, AutoTokenizer.from_pretrained(world.model_path), processor_of(found))
+    assert left_out_notes(loader) == ()
+    [step] = loader
+    [note] = left_out_notes(loader)
+    assert len(step) == 8 and re.search(r"of \d+ that cannot be used .* and \d+ of more than runner\.seq_length tokens", note)
 
 
 def test_a_text_with_a_token_that_stands_for_a_picture_or_a_video_is_a_bad_row(world: PictureWorld) -> None:
