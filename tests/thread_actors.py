@@ -91,7 +91,8 @@ class Actors:
         return outcomes
 
     def connect(self) -> None:
-        assert self.both(lambda s: s.connect()) == [None, None]
+        outcomes = self.both(lambda s: s.connect())
+        assert outcomes == [None, None], outcomes
         for syncer, source in zip(self.syncers, self.sources, strict=True):
             call_on_fill(syncer, lambda bucket, source=source: source.on_fill(bucket))
 

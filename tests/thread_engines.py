@@ -23,7 +23,8 @@ from rlsync.transport.ends import Arrival, PackedArrival, Receiver, make_receive
 from rlsync.transport.ipc import IpcReceiver
 from rlsync.transport.shm import shm_domain
 
-TIMEOUT_S = 3.0
+# Of each phase of a sync, of which none takes a hundredth; see tests/phases.py for those that pass.
+TIMEOUT_S = 60.0
 
 
 class ThreadEngine:
@@ -37,7 +38,7 @@ class ThreadEngine:
         self.gpus: list[str | None] = [None] * num_workers
         # And the host; no pid domain is anybody's, as the deaths of threads cannot be watched.
         self.host, self.pid_domain = "here", "threads"
-        self.dirty, self.domain, self.receiver_timeout_s = "", shm_domain(), TIMEOUT_S
+        self.dirty, self.domain = "", shm_domain()
         # The sync that has failed last.
         self.over = ""
         # Whether what is frozen can be summed where it lies, or has a form of its own since it landed.
@@ -95,7 +96,7 @@ class ThreadEngine:
             told = peer.receive(0, time.monotonic() + timeout_s)
             assert isinstance(told, m.Assignment) and told.worker is not None
             self._assignments[worker], self._verifiers[worker] = told.worker, Verifier(told.worker)
-            receiver = self._receivers[worker] = make_receiver(told.worker, self.receiver_timeout_s, torch.device("cpu"))
+            receiver = self._receivers[worker] = make_receiver(told.worker, TIMEOUT_S, torch.device("cpu"))
             until(lambda: receiver.join(0), peer, 0, receiver, lambda message: None)
             self.weights[worker] = {t.name: torch.zeros(t.shape) for t in manifest.tensors}
             peer.send(m.Attached())

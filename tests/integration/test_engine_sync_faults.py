@@ -37,10 +37,10 @@ from tests.integration.tiny_engines import (
     assert_refuses,
     is_stopped,
     one_rank,
-    passed_deadline,
     same,
     worker_of,
 )  # fmt: skip
+from tests.phases import passed_deadline
 
 # The first test waits for all engines to start.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_answers")]
@@ -244,12 +244,13 @@ def test_no_engine_goes_on_before_the_workers_of_all_have_committed(
         if peer.engine == engines[0].engine_id:
             hear(coordinator, peer, message, now)
 
-    with one_rank(engines, tiny_folders["b"], timeout_s=4.0) as syncer:
+    with one_rank(engines, tiny_folders["b"]) as syncer:
         syncer.connect()
         syncer.sync(1)
         with monkeypatch.context() as patch:
             patch.setitem(state_machine._HANDLERS, (m.Committed, True), hear_the_first)
-            with pytest.raises(WeightSyncError, match="which was to commit") as failed:
+            late = passed_deadline(f"engine {engines[1].engine_id} worker")
+            with late, pytest.raises(WeightSyncError, match="which was to commit") as failed:
                 syncer.sync(2)
         assert (failed.value.phase, failed.value.engine) == ("commit", engines[1].engine_id)
         for engine in engines:
@@ -288,7 +289,7 @@ def test_a_stopped_worker_is_found_by_the_deadline_and_nothing_is_left_behind(
         syncer.connect()
         # Of two slots the third bucket finds one free only when the worker has begun to load.
         call_on_fill(syncer, lambda bucket: worker.suspend() if bucket == 2 else None)
-        with passed_deadline("engine b worker 0", lambda: is_stopped(worker)), pytest.raises(WeightSyncError) as raised:
+        with passed_deadline("engine b worker 0", has_failed=lambda: is_stopped(worker)), pytest.raises(WeightSyncError) as raised:
             syncer.sync(1)
     assert raised.value.engine == "b"
     assert_refuses(tiny_engines["b"], "engine b worker 0")

@@ -26,11 +26,11 @@ from tests.integration.tiny_engines import (
     TwoRanks,
     assert_refuses,
     is_stopped,
-    passed_deadline,
     same,
     transformers_answers,
     worker_of,
 )
+from tests.phases import passed_deadline
 
 pytestmark = pytest.mark.slow
 
@@ -164,7 +164,7 @@ def test_a_stopped_worker_is_found_by_the_deadline(
     ranks = two_ranks("llama", "tp2")
     worker = worker_of(engines["llama"])
     call_on_fill(ranks.syncer, lambda at: worker.suspend() if at == 2 else None)
-    with passed_deadline("engine llama worker 0", lambda: is_stopped(worker)):
+    with passed_deadline("engine llama worker 0", has_failed=lambda: is_stopped(worker)):
         error, answer = ranks.both("sync", 1)
     worker.resume()
     assert isinstance(error, WeightSyncError)

@@ -21,7 +21,8 @@ from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource
 from tests.integration.greedy import close, greedy, same
 from tests.integration.held_requests import EXTENSION, hold
 from tests.integration.kept_caches import keep_caches
-from tests.integration.tiny_engines import is_stopped, passed_deadline, worker_of
+from tests.integration.tiny_engines import is_stopped, worker_of
+from tests.phases import passed_deadline
 
 pytestmark = pytest.mark.slow
 
@@ -252,7 +253,7 @@ def test_waiting_for_requests_is_bounded_by_the_deadline_of_a_phase(rollout: Cal
     made, worker = rollout(pause_mode="wait"), worker_of(engine)
     asked = PROMPTS[:NUM_RUNNING]
     future = hold(engine, len(asked), len(asked), lambda: made.pool.submit(engine.generate, asked, LONG), pause_s=HANG_S)
-    with passed_deadline("engine e worker 0", lambda: is_stopped(worker)), pytest.raises(WeightSyncError) as raised:
+    with passed_deadline("engine e worker 0", has_failed=lambda: is_stopped(worker)), pytest.raises(WeightSyncError) as raised:
         made.syncer.sync(2)
     with pytest.raises(EngineDirtyError):
         future.result(60)

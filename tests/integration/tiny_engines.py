@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlsync.coordinator.state_machine import Coordinator
 from rlsync.engine.handles.local import Completion, Engine
 from rlsync.errors import EngineDirtyError, WeightSyncError
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer
@@ -26,6 +25,7 @@ from tests.deadlines import ended_before
 from tests.integration.engine_rank import serve
 from tests.integration.engine_source import ENGINE_ENV, NUM_BLOCKS, FolderSource, read_folder
 from tests.models import save_tiny_model
+from tests.phases import passed_deadline
 from tests.ranks import make_process
 
 PROMPTS = ((3, 5, 7, 9), (11, 2, 100, 130, 4), (1,))
@@ -116,33 +116,6 @@ def one_rank(engines: list[Engine], folder: Path, **settings: Any) -> WeightSync
     return WeightSyncer(FolderSource(read_folder(folder)), engines, SyncConfig(**{**SETTINGS, "timeout_s": TIMEOUT_S, **settings}))
 
 
-@contextlib.contextmanager
-def passed_deadline(who: str, has_failed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Within, the deadline of a phase has passed as soon as ``who`` alone is waited for and ``has_failed``; and so one has.
-
-    A test neither waits for its seconds, nor gives too few of them to what goes before.
-    """
-    expire, passed = Coordinator.expire, False
-
-    def look(coordinator: Coordinator, now: float) -> None:
-        nonlocal passed
-        roster, sync, phase = coordinator._roster, coordinator._sync, coordinator.phase
-        if coordinator.deadline_s is not None and has_failed():
-            if phase == "connect":
-                waited_for = [words for _, words in roster.absent()]
-            else:
-                assert sync is not None
-                waited_for = [str(member) for member, _ in sync.stragglers(phase, roster.actors(), roster.workers())]
-            if len(waited_for) == 1 and waited_for[0].startswith(who):
-                now, passed = coordinator.deadline_s, True
-        expire(coordinator, now)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Coordinator, "expire", look)
-        yield
-    assert passed, f"no deadline passed for {who}"
-
-
 def is_stopped(process: psutil.Process) -> bool:
     return process.status() == psutil.STATUS_STOPPED
 
@@ -202,7 +175,10 @@ class TwoRanks:
         self.tell("fault", ("stop", at))
         self.pipe.send(("sync", version))
         process = psutil.Process(self.process.pid)
-        with passed_deadline("actor rank 1", lambda: is_stopped(process)), pytest.raises(WeightSyncError, match="actor rank 1") as raised:
+        with (
+            passed_deadline("actor rank 1", has_failed=lambda: is_stopped(process)),
+            pytest.raises(WeightSyncError, match="actor rank 1") as raised,
+        ):
             self.syncer.sync(version)
         process.resume()
         assert self.answer() == ("error", str(raised.value))

@@ -18,6 +18,7 @@ from rlsync.coordinator import server
 from rlsync.errors import ConfigError, WeightSyncError
 from rlsync.sync import SyncConfig, WeightSyncer
 from rlsync.sync.syncer import ConnectInfo
+from tests.phases import passed_deadline
 from tests.thread_actors import SIZES, Actors, Numbers, holds
 from tests.thread_engines import ThreadEngine
 
@@ -185,7 +186,8 @@ def test_an_error_of_one_rank_alone_while_it_connects_is_told_to_the_others(engi
 
 def test_a_wrong_number_of_workers_is_named(engines: list[ThreadEngine]) -> None:
     engines[0].num_workers = 4
-    error = Actors(engines).failure(lambda s: s.connect())
+    with passed_deadline("engine e0 worker 2", "engine e0 worker 3"):
+        error = Actors(engines).failure(lambda s: s.connect())
     assert "engine e0" in error.cause or "e0" in str(error)
 
 

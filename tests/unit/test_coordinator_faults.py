@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,7 +22,8 @@ from rlsync.plan.verification import SAMPLE_PERIOD
 from rlsync.sync import SyncConfig, SyncReport, WeightSyncer, attempt
 from rlsync.sync.comparison import compare_engines
 from rlsync.transport.tasks import Tasks
-from tests.deadlines import ended_by
+from tests.deadlines import ended_before
+from tests.phases import passed_deadline
 from tests.thread_actors import Actors, Numbers, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
@@ -58,9 +60,15 @@ def test_an_exception_in_a_worker_names_engine_and_bucket(actors: Actors, engine
 
 
 def test_a_filler_that_hangs_is_found_by_the_deadline_and_must_connect_anew(actors: Actors, engines: list[ThreadEngine]) -> None:
-    release = threading.Event()
-    actors.sources[1].on_fill = lambda bucket: release.wait() if bucket == 1 else None
-    with ended_by(TIMEOUT_S):
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang(bucket: int) -> None:
+        if bucket == 1:
+            hangs.set()
+            release.wait()
+
+    actors.sources[1].on_fill = hang
+    with ended_before(TIMEOUT_S), passed_deadline("actor rank 1", has_failed=hangs.is_set):
         error = actors.failure(lambda s: s.sync(1))
     assert "actor rank 1" in error.cause
     assert "fill bucket 1" in error.cause
@@ -111,15 +119,22 @@ def test_sampling_covers_every_region_within_the_period(engines: list[ThreadEngi
 
 
 def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
-    release = threading.Event()
-    engines[1].on_bucket = lambda worker, bucket: release.wait(10 * TIMEOUT_S) if worker == 0 and bucket == 2 else None
-    error = actors.failure(lambda s: s.sync(1))
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang(worker: int, bucket: int) -> None:
+        if (worker, bucket) == (0, 2):
+            hangs.set()
+            release.wait()
+
+    engines[1].on_bucket = hang
+    with passed_deadline("engine e1 worker 0", has_failed=hangs.is_set):
+        error = actors.failure(lambda s: s.sync(1))
     release.set()
     assert (error.engine, error.bucket, error.phase) == ("e1", 2, "transfer")
 
 
 def test_an_actor_rank_that_does_not_enter_is_found_by_the_deadline(actors: Actors) -> None:
-    with pytest.raises(WeightSyncError, match=r"actor rank 1.*enter sync"):
+    with passed_deadline("actor rank 1"), pytest.raises(WeightSyncError, match=r"actor rank 1.*enter sync"):
         actors.syncers[0].sync(1)
 
 
@@ -148,9 +163,10 @@ def test_the_report_counts_what_failed_before_and_knows_its_floor(actors: Actors
 
 
 def test_a_coordinator_that_is_gone_is_noticed(actors: Actors) -> None:
-    server = actors.syncers[0]._server
-    assert server is not None
+    server, connection = actors.syncers[0]._server, actors.syncers[1]._connection
+    assert server is not None and connection is not None
     server.stop()
+    actors.syncers[1]._connection = replace(connection, config=replace(connection.config, timeout_s=0.5))
     with pytest.raises(WeightSyncError, match="heard from the coordinator"):
         actors.syncers[1].sync(1)
 

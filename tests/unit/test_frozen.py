@@ -23,13 +23,12 @@ from rlsync.transport import gloo, nccl
 from tests import standin_gpu
 from tests.deadlines import ended_before
 from tests.thread_actors import SIZES, Actors, Numbers, tensor
-from tests.thread_engines import ThreadEngine
+from tests.thread_engines import TIMEOUT_S, ThreadEngine
 from tests.unit.test_ipc_channel import GpuNumbers
 from tests.unit.test_nccl_channel import receiver_that_lands_ahead
 
 FROZEN = (1, 3)
 FROZEN_BYTES, NBYTES = 4 * sum(SIZES[i] for i in FROZEN), 4 * sum(SIZES)
-TIMEOUT_S = 6.0
 
 
 def freeze(source: Numbers, names: frozenset[str] | None = None) -> Numbers:
@@ -66,7 +65,6 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     name, actors = request.param, list[Actors]()
     make_source: Callable[..., Numbers] = Numbers
     engine = ThreadEngine("e")
-    engine.receiver_timeout_s = TIMEOUT_S
     if name == "ipc":
         make_source = partial(GpuNumbers, standin_gpu.install(monkeypatch), stays=True)
         engine.gpus = ["GPU-actor-0", "GPU-actor-1"]
@@ -83,7 +81,7 @@ def made(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         engine.gpus = ["GPU-far-0", "GPU-far-1"]
 
     def connected(names: frozenset[str] | None = None, **config: Any) -> Made:
-        settings = {"timeout_s": TIMEOUT_S, "transport": name, "bucket_bytes": 100, **config}
+        settings = {"transport": name, "bucket_bytes": 100, **config}
         actors.append(Actors([engine], lambda rank, size: freeze(make_source(rank=rank, world_size=size), names), **settings))
         actors[-1].connect()
         return actors[-1], [engine]

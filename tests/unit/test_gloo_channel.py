@@ -11,11 +11,10 @@ import pytest
 
 from rlsync.errors import WeightSyncError
 from rlsync.transport import gloo
-from tests.deadlines import ended_by
+from tests.deadlines import ended_before
+from tests.phases import passed_deadline
 from tests.thread_actors import SIZES, Actors, holds
-from tests.thread_engines import ThreadEngine
-
-TIMEOUT_S = 3.0
+from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
 
 @pytest.fixture
@@ -23,14 +22,12 @@ def engines() -> list[ThreadEngine]:
     """Two engines; the first says that it is on another host."""
     made = [ThreadEngine("far"), ThreadEngine("near")]
     made[0].domain = "another"
-    for engine in made:
-        engine.receiver_timeout_s = TIMEOUT_S
     return made
 
 
 @pytest.fixture
 def actors(engines: list[ThreadEngine]) -> Iterator[Actors]:
-    made = Actors(engines, timeout_s=TIMEOUT_S, verify="full")
+    made = Actors(engines, verify="full")
     made.connect()
     yield made
     made.close()
@@ -52,7 +49,7 @@ def test_each_worker_gets_what_it_can_reach_and_both_ways_carry_the_same(actors:
 
 @pytest.mark.parametrize(("num_slots", "transport"), [(1, "gloo"), (3, "auto"), (8, "gloo")])
 def test_any_number_of_slots_carries_the_same_bytes(engines: list[ThreadEngine], num_slots: int, transport: str) -> None:
-    actors = Actors(engines, num_slots=num_slots, transport=transport, timeout_s=TIMEOUT_S)
+    actors = Actors(engines, num_slots=num_slots, transport=transport)
     actors.connect()
     for version in (1, 2):
         assert actors.sync(version).transport == ("gloo" if transport == "gloo" else "gloo+shm")
@@ -102,18 +99,29 @@ def test_the_sync_after_a_failed_worker_is_right(actors: Actors, engines: list[T
 def test_those_who_are_late_within_the_deadline_are_waited_for_also_after_a_failed_sync(
     actors: Actors, engines: list[ThreadEngine], late: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed sync costs its group; members of the next one look for each other for less than a phase lasts, here much less."""
-    monkeypatch.setattr(gloo, "PATIENCE", 0.2)
+    """A failed sync costs its group. Members of the next one wait for each other for less than a phase, and not before all are here."""
     engines[0].on_bucket = lambda worker, bucket: 1 // 0
     actors.failure(lambda s: s.sync(1))
     engines[0].on_bucket = lambda worker, bucket: None
+    entered, enter, is_here = list[bool](), gloo.enter, threading.Event()
+
+    def noted(*arguments: Any) -> Any:
+        entered.append(is_here.is_set())
+        return enter(*arguments)
+
+    def come_late() -> None:
+        time.sleep(0.5)
+        is_here.set()
+
+    monkeypatch.setattr(gloo, "enter", noted)
     if late == "engine":
-        monkeypatch.setattr(engines[0], "pause", lambda mode, sync, timeout_s: time.sleep(0.3 * TIMEOUT_S))
+        monkeypatch.setattr(engines[0], "pause", lambda mode, sync, timeout_s: come_late())
     else:
         sync = actors.syncers[1].sync
-        monkeypatch.setattr(actors.syncers[1], "sync", lambda version: time.sleep(0.3 * TIMEOUT_S) or sync(version))
+        monkeypatch.setattr(actors.syncers[1], "sync", lambda version: come_late() or sync(version))
     actors.sync(1)
     assert both_hold(engines, 1)
+    assert entered == [True] * 4, "two actor ranks and two workers"
 
 
 def test_a_flipped_bit_is_found(actors: Actors, engines: list[ThreadEngine]) -> None:
@@ -125,9 +133,15 @@ def test_a_flipped_bit_is_found(actors: Actors, engines: list[ThreadEngine]) -> 
 
 
 def test_a_filler_that_hangs_is_found_by_the_deadline(actors: Actors) -> None:
-    release = threading.Event()
-    actors.sources[1].on_fill = lambda bucket: release.wait(10 * TIMEOUT_S) if bucket == 1 else None
-    with ended_by(TIMEOUT_S):
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang(bucket: int) -> None:
+        if bucket == 1:
+            hangs.set()
+            release.wait()
+
+    actors.sources[1].on_fill = hang
+    with ended_before(TIMEOUT_S), passed_deadline("actor rank 1", has_failed=hangs.is_set):
         error = actors.failure(lambda s: s.sync(1))
     assert "actor rank 1" in error.cause
     assert "still inside the source" in actors.failure(lambda s: s.sync(1)).cause
@@ -135,21 +149,31 @@ def test_a_filler_that_hangs_is_found_by_the_deadline(actors: Actors) -> None:
 
 
 def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
-    release = threading.Event()
-    engines[0].on_bucket = lambda worker, bucket: release.wait(10 * TIMEOUT_S) if (worker, bucket) == (0, 2) else None
-    with ended_by(TIMEOUT_S):
+    hangs, release = threading.Event(), threading.Event()
+
+    def hang(worker: int, bucket: int) -> None:
+        if (worker, bucket) == (0, 2):
+            hangs.set()
+            release.wait()
+
+    engines[0].on_bucket = hang
+    with ended_before(TIMEOUT_S), passed_deadline("engine far worker 0", has_failed=hangs.is_set):
         error = actors.failure(lambda s: s.sync(1))
     release.set()
     assert (error.engine, error.bucket, error.phase) == ("far", 2, "transfer")
 
 
-def test_a_worker_that_does_not_come_to_the_new_group_is_named(actors: Actors, engines: list[ThreadEngine]) -> None:
+def test_a_worker_that_does_not_come_to_the_new_group_is_named(
+    actors: Actors, engines: list[ThreadEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engines[0].on_bucket = lambda worker, bucket: 1 / 0
     actors.failure(lambda s: s.sync(1))
     engines[0].on_bucket = lambda worker, bucket: None
     receiver: Any = engines[0]._receivers[1]
     receiver.join = lambda group: None
-    error = actors.failure(lambda s: s.sync(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(gloo, "PATIENCE", 2 / TIMEOUT_S)
+        error = actors.failure(lambda s: s.sync(1))
     assert "engine far worker 1" in error.cause
     assert "did not come to the gloo group" in error.cause
     assert error.engine == "far"
@@ -163,7 +187,7 @@ def test_a_new_connection_starts_over(actors: Actors, engines: list[ThreadEngine
     actors.close()
     with pytest.raises(WeightSyncError, match="not connected"):
         actors.syncers[0].sync(2)
-    again = Actors(engines, timeout_s=TIMEOUT_S)
+    again = Actors(engines)
     again.connect()
     again.sync(2)
     again.close()

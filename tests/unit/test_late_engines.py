@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from rlsync.sync.packer import Packer
+from tests.phases import passed_deadline
 from tests.thread_actors import Actors, holds
-from tests.thread_engines import TIMEOUT_S, ThreadEngine
+from tests.thread_engines import ThreadEngine
 
 
 @pytest.fixture
@@ -20,24 +21,27 @@ def stuck() -> Iterator[threading.Event]:
     event.set()
 
 
-def hang_in(engine: ThreadEngine, call: str, stuck: threading.Event) -> None:
-    """The call does what it does, and does not return."""
-    real = getattr(engine, call)
+def hang_in(engine: ThreadEngine, call: str, stuck: threading.Event) -> threading.Event:
+    """The call does what it does, and does not return. The event: it has come to that."""
+    real, hangs = getattr(engine, call), threading.Event()
 
     def hang(*arguments: object) -> None:
         real(*arguments)
-        stuck.wait(10 * TIMEOUT_S)
+        hangs.set()
+        stuck.wait()
 
     setattr(engine, call, hang)
+    return hangs
 
 
 @pytest.mark.parametrize("call", ["update_weights", "resume"])
 def test_an_engine_that_does_not_go_on_after_the_commit_is_named(call: str, stuck: threading.Event) -> None:
     engines = [ThreadEngine("left"), ThreadEngine("right")]
-    hang_in(engines[1], call, stuck)
+    hangs = hang_in(engines[1], call, stuck)
     actors = Actors(engines)
     actors.connect()
-    error = actors.failure(lambda syncer: syncer.sync(1))
+    with passed_deadline("engine right worker 0", has_failed=hangs.is_set):
+        error = actors.failure(lambda syncer: syncer.sync(1))
     assert (error.engine, error.phase, error.version) == ("right", "resume", 1)
     assert [bool(engine.dirty) for engine in engines] == [True, True]
     actors.close()
@@ -45,8 +49,9 @@ def test_an_engine_that_does_not_go_on_after_the_commit_is_named(call: str, stuc
 
 def test_an_engine_whose_workers_connect_and_whose_core_is_stuck_is_no_connection_on_any_rank(stuck: threading.Event) -> None:
     engines = [ThreadEngine("left"), ThreadEngine("right")]
-    hang_in(engines[1], "init_weight_transfer", stuck)
-    error = Actors(engines).failure(lambda syncer: syncer.connect())
+    hangs = hang_in(engines[1], "init_weight_transfer", stuck)
+    with passed_deadline("engine right, ", has_failed=hangs.is_set):
+        error = Actors(engines).failure(lambda syncer: syncer.connect())
     assert (error.engine, error.phase) == ("right", "connect")
     assert "engine right, whose workers are connected, but whose init_weight_transfer has not returned" in error.cause
 

@@ -18,11 +18,12 @@ from rlsync.plan import packing
 from rlsync.sync import syncer
 from rlsync.transport import gloo, nccl
 from rlsync.transport.p2p import GroupReceiver, group_of
-from tests.deadlines import ended_before, ended_by
+from rlsync.transport.rendezvous import PATIENCE
+from tests.deadlines import ended_before
+from tests.phases import passed_deadline
 from tests.thread_actors import SIZES, Actors, holds
-from tests.thread_engines import ThreadEngine
+from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
-TIMEOUT_S = 6.0
 BUCKET_BYTES = 200
 
 
@@ -47,13 +48,13 @@ def receiver_that_lands_ahead(assignment: WorkerAssignment, timeout_s: float, de
 @pytest.fixture
 def engine() -> ThreadEngine:
     made = ThreadEngine("far")
-    made.gpus, made.receiver_timeout_s, made.domain = ["GPU-far-0", "GPU-far-1"], TIMEOUT_S, "another"
+    made.gpus, made.domain = ["GPU-far-0", "GPU-far-1"], "another"
     return made
 
 
 @pytest.fixture
 def actors(engine: ThreadEngine) -> Iterator[Actors]:
-    made = Actors([engine], timeout_s=TIMEOUT_S, verify="full", transport="nccl", bucket_bytes=BUCKET_BYTES)
+    made = Actors([engine], verify="full", transport="nccl", bucket_bytes=BUCKET_BYTES)
     made.connect()
     yield made
     made.close()
@@ -73,7 +74,7 @@ def test_weights_land_where_they_belong_in_one_bucket_of_many_steps(actors: Acto
 def test_auto_takes_it_for_gpus_apart_and_gloo_where_one_worker_has_none(engine: ThreadEngine) -> None:
     for gpu, transport in (("GPU-far-1", "nccl"), (None, "gloo")):
         engine.gpus[1] = gpu
-        actors = Actors([engine], timeout_s=TIMEOUT_S, bucket_bytes=BUCKET_BYTES)
+        actors = Actors([engine], bucket_bytes=BUCKET_BYTES)
         actors.connect()
         assert actors.sync(1).transport == transport
         assert holds(engine, 1)
@@ -83,7 +84,7 @@ def test_auto_takes_it_for_gpus_apart_and_gloo_where_one_worker_has_none(engine:
 @pytest.mark.parametrize("gpu", ["GPU-actor-1", "GPU-far-0"])
 def test_two_members_on_one_gpu_are_refused_by_name(engine: ThreadEngine, gpu: str) -> None:
     engine.gpus[1] = gpu
-    cause = Actors([engine], timeout_s=TIMEOUT_S, transport="nccl").failure(lambda s: s.connect()).cause
+    cause = Actors([engine], transport="nccl").failure(lambda s: s.connect()).cause
     assert f"share the GPU {gpu}" in cause
     assert "engine far worker 1" in cause
     assert ("actor rank" if "actor" in gpu else "engine far worker 0") in cause
@@ -96,15 +97,15 @@ def test_the_sync_after_a_failed_fill_is_right_in_the_same_connection(actors: Ac
         raise ZeroDivisionError("cursed")
 
     actors.sources[1].on_fill = boom
-    for _ in range(2):
-        with ended_before(TIMEOUT_S):  # a worker that waits for bytes is let go
+    with ended_before(PATIENCE * TIMEOUT_S):  # a worker that waits for bytes is let go, for which the next sync waits
+        for _ in range(2):
             error = actors.failure(lambda s: s.sync(2))
-        assert error.phase == "transfer"
-        assert "cursed" in error.cause
-    actors.sources[1].on_fill = lambda at: None
-    for version in (2, 3):
-        actors.sync(version)
-        assert holds(engine, version)
+            assert error.phase == "transfer"
+            assert "cursed" in error.cause
+        actors.sources[1].on_fill = lambda at: None
+        for version in (2, 3):
+            actors.sync(version)
+            assert holds(engine, version)
 
 
 def test_the_sync_after_a_failed_worker_is_right(actors: Actors, engine: ThreadEngine) -> None:
@@ -143,19 +144,24 @@ def test_buffers_that_move_in_a_sync_are_an_error(actors: Actors, engine: Thread
 
 @pytest.mark.parametrize("who", ["actor", "worker"])
 def test_who_hangs_is_found_by_the_deadline(actors: Actors, engine: ThreadEngine, who: str) -> None:
-    release = threading.Event()
+    hangs, release, late = threading.Event(), threading.Event(), "actor rank 1" if who == "actor" else "engine far worker"
+
+    def hang(*_: int) -> None:
+        hangs.set()
+        release.wait()
+
     if who == "actor":
-        actors.sources[1].on_fill = lambda bucket: release.wait(10 * TIMEOUT_S) and None
+        actors.sources[1].on_fill = hang
     else:
-        engine.on_bucket = lambda worker, bucket: release.wait(10 * TIMEOUT_S) and None
-    with ended_by(TIMEOUT_S):
+        engine.on_bucket = hang
+    with ended_before(TIMEOUT_S), passed_deadline(late, has_failed=hangs.is_set):
         error = actors.failure(lambda s: s.sync(1))
     release.set()
-    assert ("actor rank 1" if who == "actor" else "engine far") in str(error)
+    assert late in str(error)
 
 
 def test_a_worker_without_a_gpu_is_refused_by_name(engine: ThreadEngine) -> None:
     engine.gpus[0] = None
-    cause = Actors([engine], timeout_s=TIMEOUT_S, transport="nccl").failure(lambda s: s.connect()).cause
+    cause = Actors([engine], transport="nccl").failure(lambda s: s.connect()).cause
     assert "weight_sync.transport is nccl, but: engine far worker 0" in cause
     assert "has no GPU" in cause
