@@ -106,8 +106,10 @@ def barrier(
                 raise GroupError(f"the {info.transport} group was given up while it was made")
             if time.monotonic() > deadline_s:
                 absent = [rank for rank, key in enumerate(keys) if not room.check([key])]
+                if not absent:
+                    break  # they came while this process was stopped
                 names = ", ".join(info.members[rank] for rank in absent)
-                engine = info.engines[absent[0]] if absent and info.engines else None
+                engine = info.engines[absent[0]] if info.engines else None
                 raise GroupError(f"{names} did not come to the {info.transport} group within {limit_s:g} s", engine)
         return tuple(room.get(key).decode() for key in keys)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -93,11 +94,14 @@ def test_two_members_on_one_gpu_are_refused_by_name(engine: ThreadEngine, gpu: s
 def test_the_sync_after_a_failed_fill_is_right_in_the_same_connection(actors: Actors, engine: ThreadEngine) -> None:
     actors.sync(1)
 
+    def receiving() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name == "rlsync-receiver"}
+
     def boom(at: int) -> None:
         raise ZeroDivisionError("cursed")
 
-    actors.sources[1].on_fill = boom
-    with ended_before(PATIENCE * TIMEOUT_S):  # a worker that waits for bytes is let go, for which the next sync waits
+    actors.sources[1].on_fill, before = boom, receiving()
+    with ended_before(PATIENCE * TIMEOUT_S):
         for _ in range(2):
             error = actors.failure(lambda s: s.sync(2))
             assert error.phase == "transfer"
@@ -106,6 +110,8 @@ def test_the_sync_after_a_failed_fill_is_right_in_the_same_connection(actors: Ac
         for version in (2, 3):
             actors.sync(version)
             assert holds(engine, version)
+        while len(receiving() - before) > len(engine.weights):  # a worker that waits for bytes is let go
+            time.sleep(0.01)
 
 
 def test_the_sync_after_a_failed_worker_is_right(actors: Actors, engine: ThreadEngine) -> None:
