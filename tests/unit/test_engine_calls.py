@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from functools import partial
 from typing import Any
 
@@ -68,6 +69,20 @@ def test_requests_that_were_let_in_before_their_engine_became_dirty_are_not_made
     assert asked == []
 
 
+def test_an_answer_that_comes_as_the_time_is_over_is_an_answer(started: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "wait", lambda futures, timeout_s: wait(futures, 60))
+
+    async def answer() -> str:
+        return "here"
+
+    async def fail() -> None:
+        raise TimeoutError("its own")
+
+    assert started.run(answer(), 0.0) == "here"
+    with pytest.raises(TimeoutError, match="its own"):
+        started.run(fail(), 0.0)
+
+
 def test_each_result_is_handed_over_when_its_request_ends(started: Calls) -> None:
     seen: list[tuple[int, str]] = []
 
@@ -80,7 +95,7 @@ def test_each_result_is_handed_over_when_its_request_ends(started: Calls) -> Non
 
     def ask(*results: str) -> list[str]:
         requests = [after(len(results) - 1 - number, result) for number, result in enumerate(results)]
-        return started.run_requests(requests, 10, lambda: asyncio.sleep(0), lambda number, result: seen.append((number, result)))
+        return started.run_requests(requests, 60, lambda: asyncio.sleep(0), lambda number, result: seen.append((number, result)))
 
     assert ask("last", "then", "first") == ["last", "then", "first"]
     assert seen == [(2, "first"), (1, "then"), (0, "last")]
@@ -105,10 +120,10 @@ def test_calls_in_turn_wait_for_one_whose_caller_has_left_and_for_none_that_was_
     left.start()
     while not happened:
         time.sleep(0.01)
-    started.run_in_turn(lambda: update("next", 0), 10)
-    with pytest.raises(TimeoutError, match=r"within 1 s"):
-        started.run_in_turn(lambda: update("stuck", 60), 1.0)
-    started.run_in_turn(lambda: update("last", 0), 10)
+    started.run_in_turn(lambda: update("next", 0), 60)
+    with pytest.raises(TimeoutError, match=r"within 3 s"):
+        started.run_in_turn(lambda: update("stuck", 60), 3.0)
+    started.run_in_turn(lambda: update("last", 0), 60)
     left.join(60)
     assert happened == [f"{name} {what}" for name in ("failed", "next", "stuck", "last") for what in ("begins", "ends")]
 

@@ -11,7 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -184,12 +184,11 @@ class Calls:
         """The coroutine's result. Raises TimeoutError after ``timeout_s``, EngineDirtyError where requests were ended."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result(timeout_s)
-        except TimeoutError:
-            if future.done():
-                raise
-            future.cancel()
-            raise TimeoutError(f"engine {self._gate.engine_id} did not answer within {timeout_s:g} s") from None
+            wait([future], timeout_s)
+            if not future.done():
+                future.cancel()
+                raise TimeoutError(f"engine {self._gate.engine_id} did not answer within {timeout_s:g} s")
+            return future.result()
         except CancelledError:
             raise self._gate.refusal() from None
 
