@@ -105,6 +105,24 @@ def test_each_result_is_handed_over_when_its_request_ends(started: Calls) -> Non
     assert seen == [(2, "first")]
 
 
+@pytest.mark.parametrize("others_s", [0, 60])
+def test_what_takes_a_result_and_fails_ends_the_call(started: Calls, others_s: float) -> None:
+    """Otherwise results were lost, and nobody heard. The last request to end, and one whose others would go on for a minute."""
+    told: list[int] = []
+
+    async def after(seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def take(number: int, result: None) -> None:
+        told.append(number)
+        if number == 1:
+            raise ZeroDivisionError("of the caller")
+
+    with pytest.raises(ZeroDivisionError, match="of the caller"):
+        started.run_requests([after(others_s), after(0.05)], 10, lambda: asyncio.sleep(0), take)
+    assert told == ([1] if others_s else [0, 1])
+
+
 def test_calls_in_turn_wait_for_one_whose_caller_has_left_and_for_none_that_was_given_up(started: Calls) -> None:
     """A server's update is several requests: those of a failed sync do not come between those of the next."""
     happened: list[str] = []

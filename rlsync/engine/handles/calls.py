@@ -81,7 +81,7 @@ class Gate:
         """
         with self._changed:
             if self._state != "syncing":
-                raise self.refusal()
+                raise EngineDirtyError(f"engine {self.engine_id} is in no sync") if self._state == "clean" else self.refusal()
             if sync and sync != self._sync:
                 raise EngineDirtyError(f"engine {self.engine_id} is in another sync by now: the one that asks for it has failed")
             return self._epoch
@@ -213,7 +213,7 @@ class Calls:
         on_result: Callable[[int, T], None] | None = None,
     ) -> list[T]:
         """The results of all requests, made side by side. ``on_result`` is called with the number of a request and its result when it
-        ends, in the thread of the loop.
+        ends, in the thread of the loop; where it raises, the call does.
 
         After ``timeout_s`` they are cancelled, and ``probe`` asks the engine for a sign of life: one that gives none has a
         stopped or stuck process, and becomes dirty, unless it is in a sync. Raises TimeoutError, or EngineDirtyError where the engine
@@ -236,12 +236,19 @@ class Calls:
             raise
 
     async def _gather(self, requests: Iterable[Coroutine[Any, Any, T]], on_result: Callable[[int, T], None] | None) -> list[T]:
-        tasks = [asyncio.ensure_future(request) for request in requests]
+        failed: list[Exception] = []
 
         def ended(number: int, task: asyncio.Task[T]) -> None:
-            if on_result is not None and not task.cancelled() and task.exception() is None:
+            if on_result is None or task.cancelled() or task.exception() is not None or failed:
+                return
+            try:
                 on_result(number, task.result())
+            except Exception as error:
+                failed.append(error)
+                for other in tasks:
+                    other.cancel()
 
+        tasks = [asyncio.ensure_future(request) for request in requests]
         for number, task in enumerate(tasks):
             task.add_done_callback(partial(ended, number))
         self._requests.update(tasks)
@@ -249,8 +256,13 @@ class Calls:
             # It may have become dirty since the caller was let in, and what ends requests then has found none of these.
             if self._gate.state == "dirty":
                 raise self._gate.refusal()
-            return list(await asyncio.gather(*tasks))
+            results = list(await asyncio.gather(*tasks))
+            if failed:
+                raise failed[0]
+            return results
         except asyncio.CancelledError:
+            if failed:
+                raise failed[0] from None
             if self._gate.state == "dirty":
                 raise self._gate.refusal() from None
             raise

@@ -143,19 +143,25 @@ class Engine:
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
         passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean;
-        ConfigError where a prompt has not one placeholder for each of its pictures, or the model takes none, where it is empty or has ids
-        that the model has no token for, and where ``seeds`` are not as many as the prompts.
+        ConfigError where ``sampling`` has a field that vLLM has not or a value that it does not take, where a prompt has not one
+        placeholder for each of its pictures, or the model takes none, where it is empty or has ids that the model has no token for, and
+        where ``seeds`` are not as many as the prompts. Raises what ``on_result`` raises.
         """
         self._gate.wait(timeout_s)
         if self._asleep:
             raise ConfigError(f"engine {self.engine_id} sleeps without its {self._sleeps_without()}; wake it before it generates")
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        from rlsync.engine.sampling import sampling_params
 
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
-        seeded = [{}] * len(prompts) if seeds is None else [{"seed": seed} for seed in seeds]
-        if len(seeded) != len(prompts):
-            raise ConfigError(f"engine {self.engine_id}: {len(seeded)} seeds for {len(prompts)} prompts; give one for each")
-        params = [SamplingParams(**fields, **seed) for seed in seeded]
+        given = [None] * len(prompts) if seeds is None else list(seeds)
+        if len(given) != len(prompts):
+            raise ConfigError(f"engine {self.engine_id}: {len(given)} seeds for {len(prompts)} prompts; give one for each")
+        try:
+            params = sampling_params(fields, given)
+        except ConfigError as error:
+            raise ConfigError(f"engine {self.engine_id}: {error}") from error.__cause__
         inputs = [self._input(prompt) for prompt in prompts]
         requests = [self._generate_one(each, p) for each, p in zip(inputs, params, strict=True)]
         return self._calls.run_requests(requests, timeout_s, lambda: self._llm.is_paused(), on_result)

@@ -1,0 +1,44 @@
+"""Claims about what a caller gives as fields of vLLM's SamplingParams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from vllm.sampling_params import SamplingParams
+
+from rlsync.engine.sampling import sampling_params
+from rlsync.errors import ConfigError
+
+
+def test_fields_are_vllms_and_seeds_are_of_each_prompt() -> None:
+    fields = {"n": 2, "temperature": 1, "max_tokens": None, "stop_token_ids": [3], "logit_bias": {5: -100}, "seed": 9}
+    first, second = sampling_params(fields, [7, None])
+    assert (first.n, first.temperature, first.max_tokens, first.logit_bias, first.seed) == (2, 1, None, {5: -100}, 7)
+    assert second.seed == 9
+    with pytest.raises(ConfigError, match=r"seeds: Expected `int . null`, got `float`"):
+        sampling_params(fields, [1.5])  # type: ignore[list-item]
+
+
+def test_a_value_that_an_engines_core_could_not_read_is_refused_by_name() -> None:
+    """vLLM takes it, and the thread of its core that reads requests ends at it."""
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(SamplingParams(max_tokens=2.5)), type=SamplingParams)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"sampling field max_tokens: Expected `int . null`, got `float`, and the value is 2.5"):
+        sampling_params({"max_tokens": 2.5}, [None])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_new_tokens": 3}, "no sampling field max_new_tokens; vllm.SamplingParams has n, "),
+        ({"stop_token_ids": ["a"]}, "sampling field stop_token_ids: Expected `int`, got `str`"),
+        ({"n": True}, "sampling field n: Expected `int`, got `bool`"),
+        ({"seed": 2**70}, "sampling field seed: .*ints"),
+        ({"temperature": -1.0}, "vllm.SamplingParams: temperature must be non-negative, got -1.0"),
+    ],
+)
+def test_what_vllm_does_not_take_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sampling_params(fields, [None])
