@@ -1,14 +1,16 @@
-"""Claims about what a caller gives as fields of vLLM's SamplingParams."""
+"""Claims about what a caller gives an engine: token ids, and fields of vLLM's SamplingParams."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from rlsync.engine.sampling import sampling_params
+from rlsync.engine.compat.sampling import sampling_params
+from rlsync.engine.handles.prompts import plain_ids
 from rlsync.errors import ConfigError
 
 
@@ -42,3 +44,16 @@ def test_a_value_that_an_engines_core_could_not_read_is_refused_by_name() -> Non
 def test_what_vllm_does_not_take_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         sampling_params(fields, [None])
+
+
+@pytest.mark.parametrize("prompt", [[3, 4], (3, 4), np.array([3, 4]), [np.int64(3), 4], range(3, 5)])
+def test_ids_are_pythons_own_integers(prompt: Any) -> None:
+    """JSON has no other ones."""
+    ids = plain_ids("e0", prompt, None)
+    assert ids == [3, 4] and set(map(type, ids)) == {int}
+
+
+@pytest.mark.parametrize(("prompt", "vocab_size"), [([], None), ([-1], None), ([1.0], None), ("abc", None), ([[1]], None), ([7], 7)])
+def test_a_prompt_that_is_no_token_ids_is_refused(prompt: Any, vocab_size: int | None) -> None:
+    with pytest.raises(ConfigError, match="engine e0: a prompt is one or more token ids from 0"):
+        plain_ids("e0", prompt, vocab_size)

@@ -24,6 +24,7 @@ from packaging.version import InvalidVersion, Version
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder
 from rlsync.engine.handles.adapters import SYNCED_PATH, AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate, sync_gated
+from rlsync.engine.handles.prompts import plain_ids
 from rlsync.errors import ConfigError, RlsyncError
 
 _log = logging.getLogger(__name__)
@@ -166,8 +167,9 @@ class HttpEngine:
             timeout_s: bound of the whole call, or None.
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where the server
-        holds other weights than were synced to it; ConfigError for what the server's completions route does not know: other fields,
-        and pictures.
+        holds other weights than were synced to it; ConfigError for prompts that are no token ids, and for what the server's completions
+        route does not know: other fields, and pictures. How many tokens the model has is not known here: of a server that runs with
+        ``--skip-tokenizer-init`` an id beyond them ends the workers.
         """
         texts = [prompt for prompt in prompts if not isinstance(prompt, PicturePrompt)]
         if len(texts) < len(prompts):
@@ -184,7 +186,8 @@ class HttpEngine:
         seeded = [{}] * len(texts) if seeds is None else [{"seed": seed} for seed in seeds]
         if len(seeded) != len(texts):
             raise ConfigError(f"engine {self.engine_id}: {len(seeded)} seeds for {len(texts)} prompts; give one for each")
-        requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(texts, seeded, strict=True)]
+        ids = [plain_ids(self.engine_id, prompt, None) for prompt in texts]
+        requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(ids, seeded, strict=True)]
         try:
             return self._calls.run_requests(requests, timeout_s, probe=lambda: self._server.ask("is_paused", _CLEANUP_S))
         except UnreachableError as error:
@@ -195,8 +198,8 @@ class HttpEngine:
             self.mark_dirty(f"its server was started again, or somebody unloaded its adapters: {error}")
             raise self._gate.refusal() from None
 
-    async def _generate_one(self, prompt: Sequence[int], fields: Mapping[str, Any]) -> tuple[Completion, ...]:
-        body = {"prompt": list(prompt), "return_token_ids": True, "return_tokens_as_token_ids": True, **fields}
+    async def _generate_one(self, prompt: list[int], fields: Mapping[str, Any]) -> tuple[Completion, ...]:
+        body = {"prompt": prompt, "return_token_ids": True, "return_tokens_as_token_ids": True, **fields}
         if self._adapters is None:
             version = self._gate.version
             choices = await self._choices(body)

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
-from numbers import Integral
 from typing import Any
 
 import psutil
@@ -25,6 +24,7 @@ from rlsync.engine.compat.features import check as check_features
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder
 from rlsync.engine.handles.adapters import AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate, sync_gated
+from rlsync.engine.handles.prompts import plain_ids
 from rlsync.engine.plugin import BACKEND, declare_owner, register
 from rlsync.errors import ConfigError, RlsyncError
 
@@ -152,7 +152,7 @@ class Engine:
             raise ConfigError(f"engine {self.engine_id} sleeps without its {self._sleeps_without()}; wake it before it generates")
         from vllm.sampling_params import RequestOutputKind
 
-        from rlsync.engine.sampling import sampling_params
+        from rlsync.engine.compat.sampling import sampling_params
 
         fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
         given = [None] * len(prompts) if seeds is None else list(seeds)
@@ -169,24 +169,16 @@ class Engine:
     def _input(self, prompt: Prompt) -> dict[str, Any]:
         """The prompt as vLLM takes it. Raises ConfigError where pictures and placeholders do not match."""
         token_ids, pictures = (prompt.token_ids, prompt.pictures) if isinstance(prompt, PicturePrompt) else (prompt, ())
-        # vLLM looks only where it has a tokenizer; without one such an id ends the worker, on a GPU with all that it computes.
-        kinds = set(map(type, token_ids))
-        is_whole = len(kinds) > 0 and all(issubclass(kind, Integral) for kind in kinds)
-        if not is_whole or min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            raise ConfigError(
-                f"engine {self.engine_id}: a prompt is one or more token ids from 0 to {self._vocab_size - 1}, "
-                f"and not {_shortened(token_ids)}"
-            )
+        ids = plain_ids(self.engine_id, token_ids, self._vocab_size)
         placeholder = compat.picture_placeholder(self._llm)
         if placeholder is None and pictures:
             raise ConfigError(f"engine {self.engine_id}: a prompt has {len(pictures)} pictures, and its model takes none")
-        found = 0 if placeholder is None else list(token_ids).count(placeholder)
+        found = 0 if placeholder is None else ids.count(placeholder)
         if found != len(pictures):
             raise ConfigError(
                 f"engine {self.engine_id}: a prompt has {len(pictures)} pictures and {found} placeholders (token {placeholder}); "
                 "it takes one for each picture, which the engine makes as long as the picture is"
             )
-        ids = list(token_ids) if kinds == {int} else [int(token) for token in token_ids]
         return {"prompt_token_ids": ids, **({"multi_modal_data": {"image": list(pictures)}} if pictures else {})}
 
     async def _generate_one(self, prompt: dict[str, Any], params: Any) -> tuple[Completion, ...]:
@@ -418,11 +410,6 @@ class Engine:
             # vLLM would wait for those that are stopped, and the others for them.
             self._processes.kill()
         await compat.shut_down(self._llm, _CLOSE_S)
-
-
-def _shortened(token_ids: Any) -> str:
-    text = repr(token_ids)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _heard(call: asyncio.Future[None]) -> None:
