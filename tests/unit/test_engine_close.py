@@ -1,4 +1,7 @@
-"""What is left of an engine that is closed where vLLM fails to end it. vLLM itself is replaced; the process that it leaves is one."""
+"""What is left of an engine that is closed where vLLM fails to end it, and arguments that an engine has by itself.
+
+vLLM is replaced; the process that it leaves is one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import psutil
 import pytest
 
 from rlsync.engine.handles.local import Engine
+from rlsync.errors import ConfigError
 
 
 class Failing:
@@ -39,3 +43,8 @@ def test_no_process_outlives_an_engine_that_vllm_fails_to_end() -> None:
             engine.close()
         finally:
             core.kill()
+
+
+def test_the_transfer_of_weights_is_rlsyncs_alone() -> None:
+    with pytest.raises(ConfigError, match="engine e0: weight_transfer_config is that of rlsync"):
+        Engine("e0", {"model": "m", "weight_transfer_config": {"backend": "nccl"}})

@@ -41,12 +41,16 @@ class Engine:
 
     Args:
         engine_id: names the engine in errors and metrics.
-        engine_args: fields of ``vllm.AsyncEngineArgs``; ``weight_transfer_config`` is added. ``load_format="dummy"`` starts
+        engine_args: fields of ``vllm.AsyncEngineArgs`` but ``weight_transfer_config``, which is added. ``load_format="dummy"`` starts
             it dirty: it serves after its first sync. With ``enable_lora`` it takes the adapters of ``weight_sync.lora=adapter``, and a
             request runs to its end on those of the version that it began with.
+
+    Raises ConfigError where ``engine_args`` has ``weight_transfer_config``.
     """
 
     def __init__(self, engine_id: str, engine_args: Mapping[str, Any]) -> None:
+        if "weight_transfer_config" in engine_args:
+            raise ConfigError(f"engine {engine_id}: weight_transfer_config is that of rlsync, which is added; leave it out")
         self.engine_id = engine_id
         self.num_workers = 0
         self._args = dict(engine_args)
