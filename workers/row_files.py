@@ -317,6 +317,8 @@ class ParquetFile:
             self.digest = _digest_of_footer(path)
         except _PYARROW_ERRORS as error:
             raise ConfigError(f"data file {path} cannot be read: {str(error).splitlines()[0]}") from None
+        if any(group.num_rows < 0 or group.total_byte_size < 0 for group in groups):
+            raise ConfigError(f"data file {path} cannot be read: a row group of it has fewer rows or bytes than none, so it is damaged")
         self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
         self._bytes = np.array([group.total_byte_size for group in groups], dtype=np.int64)
         self.num_rows = int(self._ends[-1]) if groups else 0

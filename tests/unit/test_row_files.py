@@ -138,6 +138,21 @@ def test_a_parquet_row_that_python_cannot_have_is_bad_and_the_others_are_read(tm
         assert good == {"i": 1, "x": None}
 
 
+def test_a_parquet_file_whose_footer_is_damaged_is_refused_or_read(tmp_path: Path) -> None:
+    """Whatever byte of it is another one, as that of the number of rows, which may be below none then."""
+    path = tmp_path / "a.parquet"
+    whole = Path(parquet(path, [{"i": 1}] * 20)).read_bytes()
+    reasons = []
+    for at in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole) - 8):
+        path.write_bytes(whole[:at] + b"\x01" + whole[at + 1 :])
+        try:
+            all_rows(str(path))
+        except ConfigError as error:
+            reasons.append(str(error))
+    assert all("cannot be read" in reason or "no rows" in reason for reason in reasons)
+    assert any("a row group of it has fewer rows or bytes than none, so it is damaged" in reason for reason in reasons)
+
+
 def test_row_groups_are_read_about_once_an_epoch_when_shuffled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five groups of 100 kB in windows of two: each is read once, or twice at the border of two windows."""
     random = np.random.default_rng(0)
