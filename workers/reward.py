@@ -321,7 +321,8 @@ def reference_forms(answer: str) -> tuple[str, ...]:
     text = _bare(answer)
     if (match := _PERCENT.fullmatch(text)) is not None:
         number = match["number"].replace(",", "")
-        return (rf"{number}\%", f"{number}%", rf"\frac{{{number}}}{{100}}")
+        written = (rf"{match['number']}\%", f"{match['number']}%") if number != match["number"] else ()
+        return (*written, rf"{number}\%", f"{number}%", rf"\frac{{{number}}}{{100}}")
     forms = spoken(text)
     return (text,) if forms is None else forms
 

@@ -53,6 +53,7 @@ REFERENCES = [
     ("5.", r"\boxed{5}"), ("**5**", r"\boxed{5}"), (r"\(5\)", r"\boxed{5}"), ("$1,234.50", r"\boxed{1234.5}"), ("-3 units", r"\boxed{-3}"),
     ("12 square meters", r"\boxed{12}"), ("½", r"\boxed{0.5}"), ("√2", r"\boxed{\sqrt{2}}"), ("x²", r"\boxed{x^2}"),
     ("∞", r"\boxed{\infty}"),
+    ("1,200%", r"\boxed{1,200\%}"), ("1,200%", r"\boxed{1200%}"), (r"1,200.5\%", r"\boxed{1,200.5%}"),
     ("50%", r"\boxed{50\%}"), ("50%", "It is 50%."), ("5 x", r"\boxed{5x}"), ("90 degrees", r"\boxed{90^\circ}"),
     (r"$\frac{1}{2}$.", r"\boxed{0.5}"), ("Paris", r"\boxed{Paris}"), ("(B)", r"\boxed{B}"), ("true", r"\boxed{true}"),
     ("[1,2)", r"\boxed{[1,2)}"),
