@@ -268,6 +268,7 @@ _SPOKEN = re.compile(
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]+")
 _TEXT = re.compile(r"\\(?:text|mathrm|textrm|textbf|mbox)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[ ,;:!]|~|\s+")
+_THOUSANDS = re.compile(rf"(?<![\d.,])[1-9]\d{{0,2}}(?:(?:{_SPACE.pattern})+\d{{3}})+(?!\d)")
 _BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _MATHEMATICAL = frozenset(
     (
@@ -314,8 +315,10 @@ def reference_forms(answer: str) -> tuple[str, ...]:
     An answer that has a box of its own is that box's. ``50%`` is the text as responses box it, and the value 50/100. None for a number
     with words that change it otherwise than ``spoken`` knows: math-verify takes them for a unit or for products of letters.
     """
+    boxes = _BOX.findall(answer)
+    if len(boxes) == 1 and "\\boxed" not in boxes[0]:
+        return reference_forms(boxes[0])
     if "\\boxed" in answer:
-        boxes = _BOX.findall(answer)
         forms = spoken(boxes[-1]) if boxes else None
         return (answer,) if forms is None else forms
     text = _bare(answer)
@@ -362,10 +365,14 @@ def _mixed(match: re.Match[str]) -> Fraction:
 
 
 def with_spoken_value(response: str) -> str:
-    """A response that begins with its last box, with the value of a ``spoken`` number in it, as a reference answer of that text has."""
+    """A response that begins with its last box, with what is written in it as a reference answer of that text has it: the value of a
+    ``spoken`` number, thousands without spaces, signs as LaTeX."""
     match = _BOX.match(response)
-    forms = None if match is None else spoken(match[1])
-    return rf"\boxed{{{forms[0]}}}" if forms else response
+    if match is None:
+        return response
+    text = _with_thousands(match[1].translate(_SIGNS))
+    forms = spoken(text)
+    return rf"\boxed{{{forms[0] if forms else text}}}" if forms or text != match[1] else response
 
 
 def is_plain(answer: str) -> bool:
@@ -374,8 +381,13 @@ def is_plain(answer: str) -> bool:
     return bool(forms) and _PLAIN.fullmatch(forms[-1]) is not None
 
 
+def _with_thousands(text: str) -> str:
+    r"""Without the spaces of numbers such as ``10\,000``, of which math-verify makes 10 times 0."""
+    return _THOUSANDS.sub(lambda match: _SPACE.sub("", match[0]), text)
+
+
 def _bare(answer: str) -> str:
-    """Without delimiters of formulas, emphasis, currency signs and the full stop of a sentence."""
+    """Without delimiters of formulas, emphasis, currency signs, spaces between thousands and the full stop of a sentence."""
     text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", answer.translate(_SIGNS).replace(r"\$", "").replace("$", ""))
     before = None
     while text != before:
@@ -387,4 +399,4 @@ def _bare(answer: str) -> str:
             inner = text.removeprefix(opening).removesuffix(closing)
             if len(inner) == len(text) - len(opening) - len(closing) and opening not in inner:
                 text = inner
-    return text
+    return _with_thousands(text)

@@ -66,6 +66,24 @@ def test_references_are_read_as_data_sets_write_them(pool: VerifierPool) -> None
     assert pool.check([r"\boxed{6}"] * len(REFERENCES), [[answer] for answer, _ in REFERENCES]) == [False] * len(REFERENCES)
 
 
+# Numbers whose thousands are apart: what is right, and what math-verify would take them for.
+SPACED = [
+    (r"10\,000", r"\boxed{10000}", r"\boxed{0}"), (r"$10\ 000$", r"\boxed{10,000}", r"\boxed{7\,000}"),
+    ("10 000", r"\boxed{10 000}", r"\boxed{10}"),
+    ("-1 234 567.5", r"\boxed{-1234567.5}", r"\boxed{-1}"), (r"x = 3\;000", r"\boxed{3000}", r"\boxed{0}"),
+    (r"\boxed{3\,000\text{ km}}", r"\boxed{3000}", r"\boxed{0}"), ("1,000", r"\boxed{1\,000}", r"\boxed{1}"),
+    ("2½", r"\boxed{2½}", r"\boxed{1}"), (r"\boxed{50\%}", r"\boxed{0.5}", r"\boxed{50}"),
+    # Not so grouped.
+    ("(1, 200)", r"\boxed{(1,200)}", r"\boxed{1200}"), ("1 1/2", r"\boxed{1.5}", r"\boxed{11/2}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["right", "wrong"])
+def test_thousands_may_be_apart_in_references_and_in_responses(pool: VerifierPool, side: str) -> None:
+    found = pool.check([right if side == "right" else wrong for _, right, wrong in SPACED], [[answer] for answer, _, _ in SPACED])
+    assert [row for row, correct in zip(SPACED, found, strict=True) if correct != (side == "right")] == []
+
+
 # Numbers with words that change them: what is right, and what math-verify would take them for.
 SPOKEN = [
     ("5 million", r"\boxed{5000000}", r"\boxed{5}"), ("5 million", r"\boxed{5\text{ million}}", r"\boxed{5}"),
