@@ -24,6 +24,9 @@ from PIL import Image, ImageOps
 from rlsync.errors import ConfigError
 from workers.row_files import BadRow
 
+# Formats that vLLM refuses: Pillow has other programs read some (Ghostscript runs what an EPS file says), and of the rest no pixels.
+_NO_PICTURES = frozenset(("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"))
+
 
 def open_picture(reference: Any, folder: Path) -> Image.Image:
     """An RGB picture.
@@ -39,6 +42,8 @@ def open_picture(reference: Any, folder: Path) -> Image.Image:
     source, name = _source(reference, folder)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format in _NO_PICTURES:
+                raise ValueError(f"it is a file of form {image.format}, which vLLM does not take for a picture either")
             image.load()
             return _as_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:

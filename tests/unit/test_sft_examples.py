@@ -233,6 +233,7 @@ def test_a_row_of_more_or_fewer_placeholders_than_pictures_is_refused(processor:
     [
         ("gone.png", "picture .*gone.png does not exist"),
         ("broken.png", "picture .*broken.png cannot be read: .*truncated"),
+        ("drawn.png", "picture .*drawn.png cannot be read: it is a file of form EPS, which vLLM does not take"),
         ("text.png", "picture .*text.png cannot be read: cannot identify image file"),
         (b"nothing", "picture of 7 bytes cannot be read"),
         ({"bytes": "%%"}, "picture in base64 is not base64"),
@@ -248,6 +249,7 @@ def test_a_row_of_more_or_fewer_placeholders_than_pictures_is_refused(processor:
 def test_a_picture_that_cannot_be_read_is_named(reference: Any, reason: str, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(as_bytes(picture(60, 60))[:2000])
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "drawn.png").write_bytes(as_bytes(picture(9, 7), "EPS"))
     with pytest.raises(BadRow, match=reason):
         open_picture(reference, tmp_path)
 
