@@ -31,7 +31,7 @@ import resource
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,6 +103,8 @@ def call(function: Callable[..., Any], task: Task, path: Path) -> dict[str, Any]
     except (Exception, SystemExit) as error:
         return {"error": f"it raised {last_line(error, path)}"}
     try:
+        if isinstance(returned, (str, bytes, Mapping, Set)):
+            raise TypeError("its characters or keys would be taken for rewards, and a set has no order")
         rewards = [float(reward) for reward in returned]
     except (TypeError, ValueError, OverflowError):
         return {"error": f"it returned {_short(returned)}, expected a list of {count} numbers"}

@@ -72,6 +72,12 @@ number = 3
 
 def huge(**others):
     return [10**400, 0]
+
+def keyed(responses, **others):
+    return {i: 1.0 for i, _ in enumerate(responses)}
+
+def digits(responses, **others):
+    return "1" * len(responses)
 """
 
 
@@ -138,6 +144,8 @@ def test_a_function_sees_prompt_responses_references_and_metadata_of_a_row_and_i
         ("too_few", "it returned 1 rewards for 2 responses"),
         ("nan", "it returned nan as a reward"),
         ("huge", r"it returned list \[10000"),
+        ("keyed", r"it returned dict \{0: 1.0.*, expected a list of"),
+        ("digits", r"it returned str '1+', expected a list of"),
         ("nothing", "it returned None, expected a list of 2 numbers"),
     ],
 )
@@ -179,7 +187,7 @@ def test_a_file_that_cannot_be_imported_is_refused_before_anything_starts(tmp_pa
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("sen", "does not define sen at its top level; it defines huge, late, nan, nothing, one_raises, runs_programs, seen, takes_less"),
+        ("sen", "does not define sen at its top level; it defines digits, huge, keyed, late, nan, nothing, one_raises, runs"),
         ("takes_less", "line 35. does not take prompts, references, metadata; it is called with the keywords prompts, responses"),
         ("wants_more", "line 32. wants model; it is called with"),
         ("awaited", "awaited is a coroutine"),
