@@ -287,7 +287,8 @@ def _check_enough(config: RunConfig, problems: Sequence[Problem], bad: BadSample
     """Whether the training files hold a batch."""
     data = config.data
     files = [Path(path) for path in data.train_data_paths]
-    starts, names = tuple(map(str, files)), ", ".join(data.train_data_paths)
+    # Behind the file: a line, or the place in an array.
+    starts, names = tuple(f"{file}{mark}" for file in files for mark in ":["), ", ".join(data.train_data_paths)
     lost = {where for where, _ in bad.found if where.startswith(starts)}
     left = {problem.where for problem in problems if problem.where.startswith(starts)} - lost
     # With fewer rows than are looked at, these are all.

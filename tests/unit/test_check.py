@@ -482,6 +482,13 @@ def test_what_would_be_resumed_is_said_or_a_finding(own, monkeypatch) -> None:
         assert "data.pt cannot be read" in texts(check(own, monkeypatch, runner=auto))
 
 
+def test_rows_of_a_validation_file_are_not_those_of_a_training_file_whose_name_begins_alike(own, monkeypatch) -> None:
+    (own / "rows.json").write_text('[{"prompt": 3, "answer": "1"}]')
+    shutil.copy(own / "train.jsonl", own / "rows.jsonl")
+    data = {"train_data_paths": [str(own / "rows.json")], "val_data_paths": [str(own / "rows.jsonl")], "on_bad_sample": "skip"}
+    assert f"all rows of {own / 'rows.json'} are bad samples" in texts(check(own, monkeypatch, data=data, runner={"val_check_interval": 1}))
+
+
 def test_runs_that_would_fail_for_data_or_results_are_findings(own, monkeypatch) -> None:
     assert "Train dataloader is empty!" in texts(check(own, monkeypatch, data={"rollout_batch_size": 65}))
     (own / "results").write_text("a file")
