@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from rlsync.convert.conversion import Request, convert
+from rlsync.convert.conversion import Journal, Request, convert
 from rlsync.convert.ranks import Ranks
 from rlsync.convert.sources import smallest_topology
 from rlsync.engine.forking import ForkedProcess
@@ -32,9 +34,17 @@ def tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     return {name: t for file in Path(folder).glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def run_rank(asked: Request, silence_s: float) -> None:
-    """As one of the processes that the environment says."""
+def run_rank(asked: Request, silence_s: float, dies: bool = False) -> None:
+    """As one of the processes that the environment says. ``dies``: it is killed as soon as a bucket of its own is on the disk."""
     torch.set_num_threads(1)
+    if dies:
+        add = Journal.add_bucket
+
+        def add_and_die(journal: Journal, *bucket: int) -> None:
+            add(journal, *bucket)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.add_bucket = add_and_die  # type: ignore[method-assign,assignment]
     convert(asked, ranks=Ranks.from_environment(silence_s=silence_s))
 
 

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 import zipfile
 from contextlib import suppress
@@ -239,21 +240,19 @@ def test_processes_share_the_files_and_what_one_leaves_the_next_ones_end(tiny, t
     expected = convert(request(tiny, tmp_path / "whole", "megatron", sizes, bucket_bytes=1))
     asked, working = request(tiny, tmp_path / "shared", "megatron", sizes, bucket_bytes=1), tmp_path / ".shared.conversion"
 
-    def start(world: int, silence_s: float) -> list[ConvertingProcess]:
+    def start(world: int, silence_s: float, dies: int | None = None) -> list[ConvertingProcess]:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-        ranks = [ConvertingProcess(target=run_rank, args=(asked, silence_s)) for _ in range(world)]
+        ranks = [ConvertingProcess(target=run_rank, args=(asked, silence_s, rank == dies)) for rank in range(world)]
         for rank, process in enumerate(ranks):
             for name, value in (address | {"RANK": str(rank)}).items():
                 monkeypatch.setenv(name, value)
             process.start()
         return ranks
 
-    first, second = start(2, silence_s=6.0)
-    deadline = time.monotonic() + HANG_S
-    while not (working / "journal.1").is_file() and second.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    second.kill()
-    first.join(HANG_S)
+    first, second = start(2, silence_s=6.0, dies=1)
+    for process in (second, first):
+        process.join(HANG_S)
+    assert second.exitcode == -signal.SIGKILL
     assert first.exitcode == 1 and not asked.target.exists(), "the first one did not notice, or called it complete"
     done = conversion.Journal(working).done_bytes
     assert 0 < done <= expected.progress.total_bytes

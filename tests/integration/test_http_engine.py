@@ -319,9 +319,9 @@ def test_the_key_is_in_no_error_and_no_log(url: str, caplog: pytest.LogCaptureFi
 
 def test_an_address_without_a_server_is_one_error_that_says_how_to_start_one(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RlsyncError, match=r"engine gone at http://127\.0\.0\.1:9 cannot be reached .*vllm serve MODEL"):
-        HttpEngine("http://127.0.0.1:9", engine_id="gone", timeout_s=1.5)
+        HttpEngine("http://127.0.0.1:9", engine_id="gone", timeout_s=4.0)
     (told,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
-    assert re.search(r"engine gone at http://127\.0\.0\.1:9 cannot be reached .*refused; waiting for it up to [12] s$", told), told
+    assert re.search(r"engine gone at http://127\.0\.0\.1:9 cannot be reached .*refused; waiting for it up to [1-4] s$", told), told
     with pytest.raises(ConfigError, match="without a name or a password"):
         HttpEngine("http://me:secret@127.0.0.1:9", engine_id="gone")
 
