@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
@@ -89,13 +89,25 @@ def run(command: list[str], folder: Path, *overrides: str) -> str:
 
 
 def strike(
-    process: Run, folder: Path, steps: int, victim: Callable[[list[psutil.Process]], psutil.Process], number: int
+    process: Run,
+    folder: Path,
+    steps: int,
+    victim: Callable[[list[psutil.Process]], psutil.Process],
+    number: int,
+    *,
+    when: Callable[[dict[str, Any]], bool] = lambda line: True,
 ) -> list[psutil.Process]:
-    """Send a signal to one process of a run when ``steps`` lines are in its metrics; all processes that it had started by then."""
+    """Send a signal to one process of a run when at least ``steps`` lines are in its metrics and the last one is as ``when`` says; all
+    processes that it had started by then."""
+
+    def is_time() -> bool:
+        lines = read_metrics(folder / "run")
+        return len(lines) >= steps and when(lines[-1])
+
     deadline = time.monotonic() + 400
-    while len(read_metrics(folder / "run")) < steps and time.monotonic() < deadline and process.poll() is None:
+    while not is_time() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    assert process.poll() is None and len(read_metrics(folder / "run")) >= steps, (folder / "output.log").read_text()[-4000:]
+    assert process.poll() is None and is_time(), (folder / "output.log").read_text()[-4000:]
     root = psutil.Process(process.pid)
     family = root.children(recursive=True)
     if isinstance(process, Forked):  # what it starts is forked as itself is
