@@ -12,7 +12,10 @@ from rlsync.coordinator.state_machine import Coordinator
 
 @contextlib.contextmanager
 def passed_deadline(*who: str, has_failed: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Within, the deadline of a phase has passed as soon as nobody but ``who`` is waited for and ``has_failed``; and so one has."""
+    """Within, the deadline of a phase has passed as soon as nobody but ``who`` is waited for and ``has_failed``; and so one has.
+
+    ``has_failed`` is left out where ``who`` never come at all: others are waited for last in phases that are in order, too.
+    """
     expire, passed = Coordinator.expire, False
 
     def look(coordinator: Coordinator, now: float) -> None:

@@ -6,6 +6,7 @@ Tests share engines; each leaves its own clean or says that the next sync heals 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -238,18 +239,20 @@ def test_no_engine_goes_on_before_the_workers_of_all_have_committed(
 ) -> None:
     """Engines resume themselves at the end of their updates, which must not end before. One worker's commit is not heard."""
     engines = [tiny_engines["a"], tiny_engines["b"]]
-    hear = Coordinator._on_committed
+    hear, is_unheard = Coordinator._on_committed, threading.Event()
 
     def hear_the_first(coordinator: Coordinator, peer: Member, message: m.Committed, now: float) -> None:
         if peer.engine == engines[0].engine_id:
             hear(coordinator, peer, message, now)
+        else:
+            is_unheard.set()
 
     with one_rank(engines, tiny_folders["b"]) as syncer:
         syncer.connect()
         syncer.sync(1)
         with monkeypatch.context() as patch:
             patch.setitem(state_machine._HANDLERS, (m.Committed, True), hear_the_first)
-            late = passed_deadline(f"engine {engines[1].engine_id} worker")
+            late = passed_deadline(f"engine {engines[1].engine_id} worker", has_failed=is_unheard.is_set)
             with late, pytest.raises(WeightSyncError, match="which was to commit") as failed:
                 syncer.sync(2)
         assert (failed.value.phase, failed.value.engine) == ("commit", engines[1].engine_id)
