@@ -482,7 +482,7 @@ def test_adapters_alone_are_synced_to_a_server_and_requests_end_on_the_version_t
         def fails(bucket: int) -> None:
             """Once the server is paused: before, its requests would be ended."""
             if bucket == last:
-                while not ask(adapted, "GET", "/is_paused")["is_paused"] or engine._may_answer:
+                while engine._may_answer:  # the server itself says nothing while its core is inside the update
                     time.sleep(0.01)
                 _ = 1 // 0
 
