@@ -1,8 +1,12 @@
-"""Deadlines of phases that pass when a test says so: it neither waits for their seconds, nor gives too few of them to what goes before."""
+"""Deadlines of phases that pass when a test says so: it neither waits for their seconds, nor gives too few of them to what goes before.
+
+And calls that hang, for which they pass.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -35,3 +39,19 @@ def passed_deadline(*who: str, has_failed: Callable[[], bool] = lambda: True) ->
         patch.setattr(Coordinator, "expire", look)
         yield
     assert passed, f"no deadline passed for {' or '.join(who)}"
+
+
+@contextlib.contextmanager
+def hanging(*at: int) -> Iterator[tuple[Callable[..., None], threading.Event]]:
+    """A call that hangs at these arguments, or at all where there are none, until the block ends. The event is set when it does."""
+    hangs, release = threading.Event(), threading.Event()
+
+    def call(*arguments: int) -> None:
+        if not at or arguments == at:
+            hangs.set()
+            release.wait()
+
+    try:
+        yield call, hangs
+    finally:
+        release.set()

@@ -23,7 +23,7 @@ from rlsync.sync import SyncConfig, SyncReport, WeightSyncer, attempt
 from rlsync.sync.comparison import compare_engines
 from rlsync.transport.tasks import Tasks
 from tests.deadlines import ended_before
-from tests.phases import passed_deadline
+from tests.phases import hanging, passed_deadline
 from tests.thread_actors import Actors, Numbers, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
@@ -60,21 +60,13 @@ def test_an_exception_in_a_worker_names_engine_and_bucket(actors: Actors, engine
 
 
 def test_a_filler_that_hangs_is_found_by_the_deadline_and_must_connect_anew(actors: Actors, engines: list[ThreadEngine]) -> None:
-    hangs, release = threading.Event(), threading.Event()
-
-    def hang(bucket: int) -> None:
-        if bucket == 1:
-            hangs.set()
-            release.wait()
-
-    actors.sources[1].on_fill = hang
-    with ended_before(TIMEOUT_S), passed_deadline("actor rank 1", has_failed=hangs.is_set):
-        error = actors.failure(lambda s: s.sync(1))
-    assert "actor rank 1" in error.cause
-    assert "fill bucket 1" in error.cause
-    retry = actors.failure(lambda s: s.sync(1))
-    assert "still inside the source" in retry.cause
-    release.set()
+    with hanging(1) as (actors.sources[1].on_fill, hangs):
+        with ended_before(TIMEOUT_S), passed_deadline("actor rank 1", has_failed=hangs.is_set):
+            error = actors.failure(lambda s: s.sync(1))
+        assert "actor rank 1" in error.cause
+        assert "fill bucket 1" in error.cause
+        retry = actors.failure(lambda s: s.sync(1))
+        assert "still inside the source" in retry.cause
 
 
 @pytest.mark.parametrize(("verify", "found"), [("full", [True] * 3), ("sampled", [True] * 3), ("off", [False] * 3)])
@@ -119,17 +111,8 @@ def test_sampling_covers_every_region_within_the_period(engines: list[ThreadEngi
 
 
 def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
-    hangs, release = threading.Event(), threading.Event()
-
-    def hang(worker: int, bucket: int) -> None:
-        if (worker, bucket) == (0, 2):
-            hangs.set()
-            release.wait()
-
-    engines[1].on_bucket = hang
-    with passed_deadline("engine e1 worker 0", has_failed=hangs.is_set):
+    with hanging(0, 2) as (engines[1].on_bucket, hangs), passed_deadline("engine e1 worker 0", has_failed=hangs.is_set):
         error = actors.failure(lambda s: s.sync(1))
-    release.set()
     assert (error.engine, error.bucket, error.phase) == ("e1", 2, "transfer")
 
 

@@ -12,7 +12,7 @@ import pytest
 from rlsync.errors import WeightSyncError
 from rlsync.transport import gloo
 from tests.deadlines import ended_before
-from tests.phases import passed_deadline
+from tests.phases import hanging, passed_deadline
 from tests.thread_actors import SIZES, Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
@@ -133,33 +133,20 @@ def test_a_flipped_bit_is_found(actors: Actors, engines: list[ThreadEngine]) -> 
 
 
 def test_a_filler_that_hangs_is_found_by_the_deadline(actors: Actors) -> None:
-    hangs, release = threading.Event(), threading.Event()
-
-    def hang(bucket: int) -> None:
-        if bucket == 1:
-            hangs.set()
-            release.wait()
-
-    actors.sources[1].on_fill = hang
-    with ended_before(TIMEOUT_S), passed_deadline("actor rank 1", has_failed=hangs.is_set):
-        error = actors.failure(lambda s: s.sync(1))
-    assert "actor rank 1" in error.cause
-    assert "still inside the source" in actors.failure(lambda s: s.sync(1)).cause
-    release.set()
+    with hanging(1) as (actors.sources[1].on_fill, hangs):
+        with ended_before(TIMEOUT_S), passed_deadline("actor rank 1", has_failed=hangs.is_set):
+            error = actors.failure(lambda s: s.sync(1))
+        assert "actor rank 1" in error.cause
+        assert "still inside the source" in actors.failure(lambda s: s.sync(1)).cause
 
 
 def test_a_worker_that_hangs_is_found_by_the_deadline(actors: Actors, engines: list[ThreadEngine]) -> None:
-    hangs, release = threading.Event(), threading.Event()
-
-    def hang(worker: int, bucket: int) -> None:
-        if (worker, bucket) == (0, 2):
-            hangs.set()
-            release.wait()
-
-    engines[0].on_bucket = hang
-    with ended_before(TIMEOUT_S), passed_deadline("engine far worker 0", has_failed=hangs.is_set):
+    with (
+        hanging(0, 2) as (engines[0].on_bucket, hangs),
+        ended_before(TIMEOUT_S),
+        passed_deadline("engine far worker 0", has_failed=hangs.is_set),
+    ):
         error = actors.failure(lambda s: s.sync(1))
-    release.set()
     assert (error.engine, error.bucket, error.phase) == ("far", 2, "transfer")
 
 

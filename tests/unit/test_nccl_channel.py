@@ -21,7 +21,7 @@ from rlsync.transport import gloo, nccl
 from rlsync.transport.p2p import GroupReceiver, group_of
 from rlsync.transport.rendezvous import PATIENCE
 from tests.deadlines import ended_before
-from tests.phases import passed_deadline
+from tests.phases import hanging, passed_deadline
 from tests.thread_actors import SIZES, Actors, holds
 from tests.thread_engines import TIMEOUT_S, ThreadEngine
 
@@ -150,19 +150,13 @@ def test_buffers_that_move_in_a_sync_are_an_error(actors: Actors, engine: Thread
 
 @pytest.mark.parametrize("who", ["actor", "worker"])
 def test_who_hangs_is_found_by_the_deadline(actors: Actors, engine: ThreadEngine, who: str) -> None:
-    hangs, release, late = threading.Event(), threading.Event(), "actor rank 1" if who == "actor" else "engine far worker"
-
-    def hang(*_: int) -> None:
-        hangs.set()
-        release.wait()
-
-    if who == "actor":
-        actors.sources[1].on_fill = hang
-    else:
-        engine.on_bucket = hang
-    with ended_before(TIMEOUT_S), passed_deadline(late, has_failed=hangs.is_set):
+    late = "actor rank 1" if who == "actor" else "engine far worker"
+    with hanging() as (hang, hangs), ended_before(TIMEOUT_S), passed_deadline(late, has_failed=hangs.is_set):
+        if who == "actor":
+            actors.sources[1].on_fill = hang
+        else:
+            engine.on_bucket = hang
         error = actors.failure(lambda s: s.sync(1))
-    release.set()
     assert late in str(error)
 
 
