@@ -110,8 +110,10 @@ def test_the_sync_after_a_failed_fill_is_right_in_the_same_connection(actors: Ac
         for version in (2, 3):
             actors.sync(version)
             assert holds(engine, version)
-        while len(receiving() - before) > len(engine.weights):  # a worker that waits for bytes is let go
+        until_s = time.monotonic() + TIMEOUT_S
+        while len(receiving() - before) > len(engine.weights) and time.monotonic() < until_s:
             time.sleep(0.01)
+        assert len(receiving() - before) <= len(engine.weights), "a worker that waits for bytes is let go"
 
 
 def test_the_sync_after_a_failed_worker_is_right(actors: Actors, engine: ThreadEngine) -> None:
