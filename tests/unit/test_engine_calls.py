@@ -196,3 +196,11 @@ def test_a_pause_that_comes_behind_the_failure_of_its_sync_is_refused(gate: Gate
     assert gate.state == "dirty"
     gate.begin_sync("second", 60)
     assert gate.state == "syncing"
+
+
+def test_a_resume_outside_a_sync_is_refused_and_says_so(gate: Gate) -> None:
+    with pytest.raises(EngineDirtyError, match=r"^engine one is in no sync$"):
+        gate.ticket()
+    gate.shut("a sync failed")
+    with pytest.raises(EngineDirtyError, match="refuses to generate: a sync failed"):
+        gate.ticket()
