@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -269,3 +270,20 @@ def test_engines_that_count_statistics_start_one_after_the_other(counts: bool, f
             with pytest.raises(RuntimeError, match="started"):
                 start_of.result(120)
     assert most == (1 if counts else 2)
+
+
+def test_an_engine_schedules_as_much_as_vllms_class_for_throughput(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its arguments name no numbers; vLLM's own start is replaced by one that looks at what it is given."""
+    given: list[Any] = []
+
+    def started(config: Any, **_: object) -> None:
+        given.append(config.scheduler_config)
+        raise RuntimeError("started")
+
+    monkeypatch.setattr(AsyncLLM, "from_vllm_config", started)
+    named = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+    for chosen in ({}, named):
+        with pytest.raises(RuntimeError, match="started"):
+            local.Engine("left", {"model": str(folder), "skip_tokenizer_init": True, "max_model_len": 128, **chosen}).start()
+    tokens, requests = (numbers[UsageContext.LLM_CLASS] for numbers in AsyncEngineArgs.get_batch_defaults(1))
+    assert [(one.max_num_batched_tokens, one.max_num_seqs) for one in given] == [(tokens, requests), (64, 8)]

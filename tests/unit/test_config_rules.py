@@ -167,8 +167,8 @@ def test_where_initial_weights_may_come_from(
             "rollout.vllm.max_num_batched_tokens (31) must be at least rollout.max_running_requests (32)",
         ),
         (
-            {"rollout": {"max_running_requests": 2049}},
-            "rollout.vllm.max_num_batched_tokens (2048, which null is to vLLM) must be at least rollout.max_running_requests (2049)",
+            {"rollout": {"max_running_requests": 4097}},
+            "max_num_batched_tokens (4096, the least that null is to vLLM) must be at least rollout.max_running_requests (4097)",
         ),
         (
             {"rollout": {"max_running_requests": 8, "vllm": {"max_num_batched_tokens": 31, "enable_chunked_prefill": False}}},

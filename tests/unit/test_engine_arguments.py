@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 from vllm.config import SchedulerConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
 
 from tests.unit.test_config import minimal
 from tests.unit.test_sft_config import minimal as minimal_sft
 from workers.config import load_config
-from workers.config.validate import DEFAULT_BATCHED_TOKENS
+from workers.config.validate import LEAST_BATCHED_TOKENS
 from workers.rollout import engine_arguments
 
 
@@ -48,7 +50,7 @@ def test_what_a_configuration_may_not_ask_of_a_step_vllm_refuses(tokens: int, re
             SchedulerConfig(**asked, is_encoder_decoder=False)
     else:
         SchedulerConfig(**asked, is_encoder_decoder=False)
-    assert DEFAULT_BATCHED_TOKENS == SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS
+    assert AsyncEngineArgs.get_batch_defaults(1)[0][UsageContext.LLM_CLASS] == LEAST_BATCHED_TOKENS
 
 
 def test_the_size_of_the_kv_cache_goes_to_the_gpu_engines_that_ask_for_it() -> None:

@@ -366,7 +366,7 @@ class VllmConfig:
     kv_cache_memory_bytes: int | None = key(
         None, "KV cache of each GPU; null: what rollout.gpu_memory_utilization leaves, as vLLM finds it out at its start", min=1
     )
-    max_num_batched_tokens: int | None = key(None, "tokens per scheduler step", min=1)
+    max_num_batched_tokens: int | None = key(None, "tokens per scheduler step; null: as many as vLLM's class LLM takes there", min=1)
     num_gpu_blocks_override: int | None = key(
         None, "blocks of an engine's KV cache, on CPU too, instead of all that its memory has room for", min=1
     )

@@ -401,15 +401,15 @@ def _engine(config: AnyConfig) -> Iterator[str]:
         )
 
 
-# That vLLM takes where it is told no number.
-DEFAULT_BATCHED_TOKENS = 2048
+# That vLLM's class LLM takes where it is told no number: on CPU, and more on each GPU.
+LEAST_BATCHED_TOKENS = 4096
 
 
 def _batched_tokens(config: AnyConfig) -> Iterator[str]:
     """What vLLM refuses when an engine starts: steps without room for a token of each request, or for a prompt that it may not cut."""
     vllm, requests, length = config.rollout.vllm, config.rollout.max_running_requests, config.runner.seq_length
-    tokens = DEFAULT_BATCHED_TOKENS if vllm.max_num_batched_tokens is None else vllm.max_num_batched_tokens
-    derived = ", which null is to vLLM" if vllm.max_num_batched_tokens is None else ""
+    tokens = LEAST_BATCHED_TOKENS if vllm.max_num_batched_tokens is None else vllm.max_num_batched_tokens
+    derived = ", the least that null is to vLLM" if vllm.max_num_batched_tokens is None else ""
     if tokens < requests:
         yield (
             f"rollout.vllm.max_num_batched_tokens ({tokens}{derived}) must be at least rollout.max_running_requests ({requests}): each "

@@ -41,9 +41,10 @@ class Engine:
 
     Args:
         engine_id: names the engine in errors and metrics.
-        engine_args: fields of ``vllm.AsyncEngineArgs`` but ``weight_transfer_config``, which is added. ``load_format="dummy"`` starts
-            it dirty: it serves after its first sync. With ``enable_lora`` it takes the adapters of ``weight_sync.lora=adapter``, and a
-            request runs to its end on those of the version that it began with.
+        engine_args: fields of ``vllm.AsyncEngineArgs`` but ``weight_transfer_config``, which is added; ``max_num_batched_tokens`` and
+            ``max_num_seqs`` are by default those of ``vllm.LLM``. ``load_format="dummy"`` starts it dirty: it serves after its first
+            sync. With ``enable_lora`` it takes the adapters of ``weight_sync.lora=adapter``, and a request runs to its end on those of
+            the version that it began with.
 
     Raises ConfigError where ``engine_args`` has ``weight_transfer_config``.
     """
@@ -105,6 +106,7 @@ class Engine:
     async def _start(self) -> None:
         from vllm.config import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if compat.runs_on_cpu():
@@ -114,7 +116,8 @@ class Engine:
         else:
             compat.spawn_where_forks_have_no_gpu()
         args = AsyncEngineArgs(**self._args, weight_transfer_config=WeightTransferConfig(backend=BACKEND))
-        config = args.create_engine_config()
+        # Rollouts come as many at once: without a context vLLM would schedule 2,048 tokens a step.
+        config = args.create_engine_config(usage_context=UsageContext.LLM_CLASS)
         # As its workers would at connect, before they start.
         check_features(config)
         if config.lora_config is not None:
