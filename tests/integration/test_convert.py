@@ -195,21 +195,31 @@ def _written(working: Path, target: Path, total: int) -> int:
     return total
 
 
-def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(tmp_path):
-    """Twenty kills: the folder is not there, or it is right; no file beside it loads; what the disk has is not copied again."""
+KILLS = (("megatron", 8), ("hf", 6), ("torch_dist", 6))
+
+
+@pytest.mark.parametrize(("form", "most"), KILLS, ids=[form for form, _ in KILLS])
+def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(form, most, tmp_path):
+    """Twenty kills in all: the folder is not there, or it is right; no file beside it loads; what the disk has is not copied again."""
     folder = save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2)
     sizes = {"tp_size": 2, "ep_size": 2}
-    total = convert(request(folder, tmp_path / "whole", "megatron", sizes, bucket_bytes=1)).progress.total_bytes
+    if form != "megatron":
+        convert(request(folder, tmp_path / "shards", "megatron", sizes))
+        folder, sizes = tmp_path / "shards", None
+    options = {"bucket_bytes": 1, **({} if form == "megatron" else {"max_shard_bytes": 2**18})}
+    total = convert(request(folder, tmp_path / "whole", form, sizes, **options)).progress.total_bytes
+    files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert sum(path.suffix in (".pt", ".safetensors", ".distcp") for path in files) > 1
     chance, kills, resumed = random.Random(3), 0, 0
     for number in itertools.count():
-        if kills >= 20:
+        if kills >= most:
             break
-        asked = request(folder, tmp_path / f"killed-{number}", "megatron", sizes, bucket_bytes=1)
+        asked = request(folder, tmp_path / f"killed-{number}", form, sizes, **options)
         working, done = tmp_path / f".killed-{number}.conversion", 0
         while not asked.target.exists():
             process = ConvertingProcess(target=run, args=(asked,))
             process.start()
-            if kills < 20:
+            if kills < most:
                 # By what is on the disk, so that no machine is too slow or too fast for it; a few at the very end, or behind it.
                 wanted = min(total, done + chance.random() * total / 3)
                 while (now := _written(working, asked.target, total)) < wanted and process.is_alive():
@@ -224,13 +234,13 @@ def test_a_conversion_killed_at_random_goes_on_and_is_there_when_it_is_whole(tmp
             if not asked.target.exists():
                 before, done = done, conversion.Journal(working).done_bytes
                 # It is written when all else is there: a kill between it and the rename leaves a folder that loads and is right.
-                is_loadable = any((working / "folder").glob("latest_*"))
+                is_loadable = any((working / "folder").glob("config.json" if form == "hf" else "latest_*"))
                 assert not is_loadable or done == total, "it would load, and is not whole"
                 assert before <= done <= total, "something that the disk had was lost"
                 resumed += done > before > 0
         shutil.rmtree(working, ignore_errors=True)  # killed behind the rename
-        for path in (path for path in (tmp_path / "whole").rglob("*") if path.is_file()):
-            assert (asked.target / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes(), path
+        for path in files:
+            assert (asked.target / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
     assert resumed, "no conversion went on where one was killed"
 
 
