@@ -102,10 +102,11 @@ class GrpoRank(ActorRank):
         else:
             self._old_logprobs = [_engine_row(s) for s in samples]
         self._reference_logprobs = None if self._reference is None else self._score_reference(batches)
-        if not (algorithm.recompute_logprobs and self._config.rollout.return_logprobs) or not at.leads_replica:
+        if not algorithm.recompute_logprobs or self._config.rollout.return_logprobs is False or not at.leads_replica:
             return None
-        rows = zip(self._old_logprobs, samples, strict=True)
-        flat = torch.cat([(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows])
+        rows = [(row, s) for row, s in zip(self._old_logprobs, samples, strict=True) if s.engine_logprobs]
+        apart = [(row[len(s.prompt_ids) :] - torch.tensor(s.engine_logprobs)).double().abs() for row, s in rows]
+        flat = torch.cat([torch.zeros(0, dtype=torch.float64), *apart])
         return LogprobDifference(flat.sum().item(), flat.max().item() if flat.numel() else 0.0, flat.numel())
 
     def score_early(self, batches: Sequence[ReplicaBatch]) -> tuple[list[Tensor] | None, RoutingCounts | None]:

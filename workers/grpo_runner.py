@@ -95,7 +95,7 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
             self._validate_weights(check)
         if config.warm_start is not None and needs_initial:
             self._warm_start(config.warm_start)
-        if config.rollout.return_logprobs and (keys := reshaping(config, vocab_size=self._model.dims["vocab"])):
+        if config.rollout.return_logprobs is not False and (keys := reshaping(config, vocab_size=self._model.dims["vocab"])):
             self._screen.note(f"the engines' log-probabilities are those after {', '.join(keys)}; rollout/logprob_diff_* shows that too")
         self._begin()
         self._restore_ahead()
@@ -327,7 +327,8 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         with Beside(judge) as judging, Beside(early.ended) as scoring:
             with timed(seconds, "time/rollout"):
                 sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
-                self._group.generate([p.for_engine() for p in prompts], sampling, self._seeds(len(prompts), step), take)
+                seeds, compares = self._seeds(len(prompts), step), self._config.rollout.return_logprobs is None
+                self._group.generate([p.for_engine() for p in prompts], sampling, seeds, take, compares=compares)
             with timed(seconds, "time/reward"):
                 judging.wait()
             scoring.wait()

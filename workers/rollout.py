@@ -17,6 +17,7 @@ from workers.worker_logs import first_error, keep_own_log, log_size, own_log
 
 # vLLM adds it to a logit; more it does not take.
 _NEVER = -100.0
+_COMPARED_EVERY = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -107,7 +108,8 @@ def engine_arguments(config: AnyConfig, *, on_gpu: bool, can_sleep: bool = False
 def sampling_arguments(config: RunConfig, *, model: Model, stop_token_ids: Sequence[int], validation: bool = False) -> dict[str, Any]:
     """Fields of ``vllm.SamplingParams`` for the rollouts of a run; ``n`` is 1 where greedy, as all samples would be the same.
 
-    ``validation``: for one greedy response to each prompt, without log-probabilities. Tokens that stand for pictures are never drawn.
+    Log-probabilities are asked for where ``rollout.return_logprobs`` is true. ``validation``: for one greedy response to each prompt,
+    without them. Tokens that stand for pictures are never drawn.
     """
     vision = model.vision
     never = {} if vision is None else dict.fromkeys(vision.placeholders, _NEVER)
@@ -126,6 +128,13 @@ def sampling_arguments(config: RunConfig, *, model: Model, stop_token_ids: Seque
         "detokenize": config.rollout.detokenize,
         "logit_bias": never or None,
     }
+
+
+def compared(sampling: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
+    """Sampling fields of each of an engine's ``count`` prompts, of which every eighth, from the first, is asked for log-probabilities.
+    Asked of all they take vLLM's processes longer than a small model takes to compute."""
+    asked = {**sampling, "logprobs": 0}
+    return [sampling if number % _COMPARED_EVERY else asked for number in range(count)]
 
 
 def reshaping(config: RunConfig, *, vocab_size: int) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from workers.actor import ActorRank
 from workers.config import RunConfig, actor_topology
 from workers.early_scores import EarlyScores
 from workers.grpo_actor import GrpoRank
+from workers.metrics import difference_metrics
 from workers.samples import ReplicaBatch, Sample, aligned, split_samples
 from workers.supervised import answered
 
@@ -336,6 +337,26 @@ def keep_reference(case: Mapping[str, Any], folder: str, samples: str) -> None:
     moved = [not torch.equal(weights(actor)[name], bias) for name, bias in first.items()]
     assert all(moved), f"control: biases moved: {moved}"
     assert torch.equal(*references), f"the reference moved by up to {(references[0] - references[1]).abs().max():.2e}"
+    leave(actor)
+
+
+def compare_some(folder: str, samples: str) -> None:
+    """The difference is over the samples that engines gave log-probabilities of, and over no tokens where they gave none."""
+    mine = read_samples(samples)
+    case = {"rollout": {"model": {"model_path": folder}, "return_logprobs": None}}
+    actor = start(run_config(folder, case))
+    actor.begin(None)
+    for asked in (range(len(mine)), range(0, len(mine), 3), ()):
+        given = [s if number in asked else replace(s, engine_logprobs=()) for number, s in enumerate(mine)]
+        dealt = batches(actor, given, 1)
+        found = actor.score(dealt)
+        rows = zip(actor._old_logprobs, dealt[0].samples, strict=True)
+        apart = [abs(float(a) - b) for row, s in rows for a, b in zip(row[len(s.prompt_ids) :], s.engine_logprobs, strict=False)]
+        assert found.count == len(apart) == sum(len(mine[number].response_ids) for number in asked)
+        assert math.isclose(found.total, math.fsum(apart), rel_tol=1e-6) and math.isclose(
+            found.largest, max(apart, default=0), rel_tol=1e-6
+        )
+        assert bool(difference_metrics([found])) == bool(asked)
     leave(actor)
 
 

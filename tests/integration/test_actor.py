@@ -135,6 +135,10 @@ def test_a_microbatch_far_off_the_old_policy_adds_nothing(given):
     run_ranks(1, RANKS, "stop_early", **given)
 
 
+def test_engines_and_actor_are_compared_by_the_samples_that_have_log_probabilities_of_both(given):
+    run_ranks(1, RANKS, "compare_some", **given)
+
+
 def test_initial_weights_are_the_same_from_every_source_and_converted_once(given, tmp_path):
     """Read from HF; converted, also where a conversion was killed; from that conversion under other replicas and layouts."""
     other = str(save_tiny_model(tmp_path / "other", "qwen2", tied=True, seed=4, num_hidden_layers=2))

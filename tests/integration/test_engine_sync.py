@@ -112,6 +112,8 @@ def test_an_engine_is_started_once_and_takes_a_seed_for_each_prompt(tiny_engines
         engine.start()
     with pytest.raises(ConfigError, match="engine a: 1 seeds for 2 prompts"):
         engine.generate([[1], [2]], GREEDY, seeds=[1])
+    ((longer,), (shorter,)) = engine.generate([[1], [2]], [GREEDY, {**GREEDY, "max_tokens": 3, "logprobs": None}])
+    assert (len(longer.logprobs), len(shorter.token_ids), shorter.logprobs) == (GREEDY["max_tokens"], 3, ())
     assert engine.process_ids == processes and engine.failure_reason() is None
 
 

@@ -330,7 +330,7 @@ def test_derived_keys_follow_their_sources() -> None:
     assert config.actor.lr_sched.max_lr == 3.0 and config.actor.tokenizer.tokenizer_model == "/model"
     assert config.actor.megatron.ckpt_convertor.hf_model_path == "/model"
     assert config.algorithm.sampling_params.max_new_tokens == 24
-    assert config.rollout.return_logprobs is False
+    assert config.rollout.return_logprobs is None
     assert load_config(minimal(algorithm={"recompute_logprobs": False})).rollout.return_logprobs is True
     assert load_config(minimal(algorithm={"importance_sampling_fix": True})).rollout.return_logprobs is True
 

@@ -377,7 +377,7 @@ def _derive_grpo(config: RunConfig) -> RunConfig:
         algorithm=replace(algorithm, sampling_params=sampling, importance_sampling_fix=fix),
         rollout=replace(
             rollout,
-            return_logprobs=_given(rollout.return_logprobs, fix or not algorithm.recompute_logprobs),
+            return_logprobs=_given(rollout.return_logprobs, True if fix or not algorithm.recompute_logprobs else None),
             enable_return_routed_experts=_given(rollout.enable_return_routed_experts, actor.megatron.router_replay == "R3"),
         ),
         actor=replace(

@@ -386,7 +386,11 @@ class RolloutConfig:
     print_outputs: bool = key(False, "log one sample a step")
     rollout_backend: Literal["vllm"] = key("vllm", "inference engine")
     vllm: VllmConfig = key(VllmConfig(), "")
-    return_logprobs: bool | None = key(None, "engines report log-probabilities of their samples; null: not recompute_logprobs")
+    return_logprobs: bool | None = key(
+        None,
+        "engines report log-probabilities of their samples, for which small models take longer; null: of all where updates need them, else "
+        "of every eighth prompt of an engine, for rollout/logprob_diff_mean",
+    )
     enable_return_routed_experts: bool | None = key(
         None, "engines return the experts of each token, for moe/route_mismatch (GPUs); null: where actor.megatron.router_replay is R3"
     )

@@ -20,22 +20,29 @@ _FIELDS = {field.name: field.type for field in msgspec.structs.fields(SamplingPa
 _PLAIN = (bool, int, float, str, list, dict, type(None))
 
 
-def sampling_params(fields: Mapping[str, Any], seeds: Sequence[int | None]) -> list[SamplingParams]:
-    """What vLLM is given for each of several prompts, which differ in their seeds alone; None leaves that to ``fields``.
+def sampling_params(fields: Sequence[Mapping[str, Any]], seeds: Sequence[int | None]) -> list[SamplingParams]:
+    """What vLLM is given for each of several prompts; a seed of None leaves that to the prompt's ``fields``, of which many may be the same
+    object.
 
     Raises ConfigError naming a field that there is not, a value of another type, or what vLLM says is wrong.
     """
+    for one in {id(one): one for one in fields}.values():
+        _check_fields(one)
+    _check("seeds", list(seeds), list[int | None])
+    pairs = zip(fields, seeds, strict=True)
+    try:
+        return [SamplingParams(**one) if seed is None else SamplingParams(**{**one, "seed": seed}) for one, seed in pairs]
+    except Exception as error:
+        raise ConfigError(f"vllm.SamplingParams: {error}") from error
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
     unknown = sorted(map(str, fields.keys() - _FIELDS.keys()))
     if unknown:
         raise ConfigError(f"no sampling field {', '.join(unknown)}; vllm.SamplingParams has {', '.join(_FIELDS)}")
     for name, value in fields.items():
         if _is_plain(_FIELDS[name]):
             _check(f"sampling field {name}", value, _FIELDS[name])
-    _check("seeds", list(seeds), list[int | None])
-    try:
-        return [SamplingParams(**fields) if seed is None else SamplingParams(**{**fields, "seed": seed}) for seed in seeds]
-    except Exception as error:
-        raise ConfigError(f"vllm.SamplingParams: {error}") from error
 
 
 def _check(what: str, value: Any, annotation: Any) -> None:

@@ -24,7 +24,7 @@ from packaging.version import InvalidVersion, Version
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder
 from rlsync.engine.handles.adapters import SYNCED_PATH, AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate, sync_gated
-from rlsync.engine.handles.prompts import plain_ids
+from rlsync.engine.handles.prompts import Sampling, fields_of_each, plain_ids, seeds_of_each
 from rlsync.errors import ConfigError, RlsyncError
 
 _log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class HttpEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Mapping[str, Any],
+        sampling: Sampling,
         *,
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
@@ -162,7 +162,8 @@ class HttpEngine:
         """Continue every prompt (token ids), ``sampling["n"]`` times each; waits while a sync is going on.
 
         Args:
-            sampling: fields of ``vllm.SamplingParams``, with its defaults whatever the model's generation config says.
+            sampling: fields of ``vllm.SamplingParams``, the same of all prompts or a mapping for each, with vLLM's defaults whatever
+                the model's generation config says.
             seeds: of each prompt.
             timeout_s: bound of the whole call, or None.
 
@@ -176,18 +177,20 @@ class HttpEngine:
             raise ConfigError(
                 f"engine {self.engine_id}: the completions route of vLLM takes no pictures beside token ids; use Engine or RayEngine"
             )
-        unknown = sorted(sampling.keys() - _SAMPLING.keys() - _TEXT_FIELDS)
+        chosen = fields_of_each(self.engine_id, sampling, len(prompts))
+        unknown = sorted({name for one in chosen for name in one} - _SAMPLING.keys() - _TEXT_FIELDS)
         if unknown:
             known = ", ".join(_SAMPLING)
             raise ConfigError(f"engine {self.engine_id}: no sampling field {', '.join(unknown)} over HTTP; known are {known}")
         self._gate.wait(timeout_s)
         self._check_label(timeout_s)
-        fields = _SAMPLING | {name: value for name, value in sampling.items() if name in _SAMPLING}
-        seeded = [{}] * len(texts) if seeds is None else [{"seed": seed} for seed in seeds]
-        if len(seeded) != len(texts):
-            raise ConfigError(f"engine {self.engine_id}: {len(seeded)} seeds for {len(texts)} prompts; give one for each")
+        given = seeds_of_each(self.engine_id, seeds, len(prompts))
+        fields = [
+            _SAMPLING | {name: value for name, value in one.items() if name in _SAMPLING} | ({} if seed is None else {"seed": seed})
+            for one, seed in zip(chosen, given, strict=True)
+        ]
         ids = [plain_ids(self.engine_id, prompt, None) for prompt in texts]
-        requests = [self._generate_one(prompt, fields | seed) for prompt, seed in zip(ids, seeded, strict=True)]
+        requests = [self._generate_one(*each) for each in zip(ids, fields, strict=True)]
         try:
             return self._calls.run_requests(requests, timeout_s, probe=lambda: self._server.ask("is_paused", _CLEANUP_S))
         except UnreachableError as error:

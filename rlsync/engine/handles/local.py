@@ -24,7 +24,7 @@ from rlsync.engine.compat.features import check as check_features
 from rlsync.engine.handles import Completion, PauseMode, PicturePrompt, Prompt, SyncOrder
 from rlsync.engine.handles.adapters import AdapterRequests, Served
 from rlsync.engine.handles.calls import Calls, Gate, sync_gated
-from rlsync.engine.handles.prompts import plain_ids
+from rlsync.engine.handles.prompts import Sampling, fields_of_each, plain_ids, seeds_of_each
 from rlsync.engine.plugin import BACKEND, declare_owner, register
 from rlsync.errors import ConfigError, RlsyncError
 
@@ -134,7 +134,7 @@ class Engine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Mapping[str, Any],
+        sampling: Sampling,
         *,
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
@@ -143,14 +143,16 @@ class Engine:
         """Continue every prompt, ``sampling["n"]`` times each; waits while a sync is going on.
 
         Args:
-            sampling: fields of ``vllm.SamplingParams``. Text is not made unless ``detokenize`` says so.
+            sampling: fields of ``vllm.SamplingParams``, the same of all prompts or a mapping for each. Text is not made unless
+                ``detokenize`` says so.
             seeds: of each prompt; what is drawn then depends on the seed alone and not on what was drawn before.
             timeout_s: bound of the whole call, or None.
             on_result: called with the number of a prompt and its completions as soon as these have ended, in a thread of the engine.
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
         passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean;
-        ConfigError where ``sampling`` has a field that vLLM has not or a value that it does not take, where a prompt has not one
+        ConfigError where ``sampling`` has a field that vLLM has not or a value that it does not take, or mappings that are not as many as
+        the prompts, where a prompt has not one
         placeholder for each of its pictures, or the model takes none, where it is empty or has ids that the model has no token for, and
         where ``seeds`` are not as many as the prompts. Raises what ``on_result`` raises.
         """
@@ -161,12 +163,11 @@ class Engine:
 
         from rlsync.engine.compat.sampling import sampling_params
 
-        fields = {"detokenize": False, "logprobs": 0, **sampling, "output_kind": RequestOutputKind.FINAL_ONLY}
-        given = [None] * len(prompts) if seeds is None else list(seeds)
-        if len(given) != len(prompts):
-            raise ConfigError(f"engine {self.engine_id}: {len(given)} seeds for {len(prompts)} prompts; give one for each")
+        chosen = fields_of_each(self.engine_id, sampling, len(prompts))
+        always = {"output_kind": RequestOutputKind.FINAL_ONLY}
+        fields = {id(one): {"detokenize": False, "logprobs": 0, **one, **always} for one in chosen}
         try:
-            params = sampling_params(fields, given)
+            params = sampling_params([fields[id(one)] for one in chosen], seeds_of_each(self.engine_id, seeds, len(prompts)))
         except ConfigError as error:
             raise ConfigError(f"engine {self.engine_id}: {error}") from error.__cause__
         inputs = [self._input(prompt) for prompt in prompts]

@@ -1,11 +1,15 @@
-"""Token ids of a prompt as an engine takes them."""
+"""What a caller gives an engine for each prompt: its token ids, sampling fields and seed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 from rlsync.errors import ConfigError
+
+# Fields of ``vllm.SamplingParams``: the same of all prompts, or those of each.
+Sampling = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def plain_ids(engine_id: str, token_ids: Sequence[int], vocab_size: int | None) -> list[int]:
@@ -23,3 +27,24 @@ def plain_ids(engine_id: str, token_ids: Sequence[int], vocab_size: int | None) 
             f"engine {engine_id}: a prompt is one or more token ids from 0{known}, and not {text if len(text) <= 80 else f'{text[:77]}...'}"
         )
     return list(token_ids) if kinds == {int} else [int(token) for token in token_ids]
+
+
+def fields_of_each(engine_id: str, sampling: Sampling, count: int) -> list[Mapping[str, Any]]:
+    """Sampling fields of each of ``count`` prompts. Raises ConfigError where there are not as many, or one is no mapping."""
+    if isinstance(sampling, Mapping):
+        return [sampling] * count
+    for one in sampling:
+        if not isinstance(one, Mapping):
+            raise ConfigError(f"engine {engine_id}: sampling fields are a mapping, or one for each prompt, and not {one!r}")
+    if len(sampling) != count:
+        raise ConfigError(f"engine {engine_id}: {len(sampling)} mappings of sampling fields for {count} prompts; give one for each")
+    return list(sampling)
+
+
+def seeds_of_each(engine_id: str, seeds: Sequence[int] | None, count: int) -> list[int | None]:
+    """The seed of each of ``count`` prompts, None where it has none. Raises ConfigError where there are not as many."""
+    if seeds is None:
+        return [None] * count
+    if len(seeds) != count:
+        raise ConfigError(f"engine {engine_id}: {len(seeds)} seeds for {count} prompts; give one for each")
+    return list(seeds)

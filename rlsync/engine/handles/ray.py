@@ -14,6 +14,7 @@ from typing import Any
 
 from rlsync.engine import forking
 from rlsync.engine.handles import Completion, PauseMode, Prompt, SyncOrder
+from rlsync.engine.handles.prompts import Sampling
 from rlsync.errors import RlsyncError
 from rlsync.gc_pause import gc_paused
 
@@ -67,14 +68,14 @@ class EngineActor:
         return self._engine.failure_reason()
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int] | None, timeout_s: float | None
     ) -> list[tuple[Completion, ...]]:
         """``Engine.generate``."""
         with self.explained("generate"):
             return self._engine.generate(prompts, sampling, seeds=seeds, timeout_s=timeout_s)
 
     def stream(
-        self, prompts: Sequence[Prompt], sampling: Mapping[str, Any], seeds: Sequence[int] | None, timeout_s: float | None
+        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int] | None, timeout_s: float | None
     ) -> Iterator[list[tuple[int, tuple[Completion, ...]]]]:
         """``Engine.generate`` that yields (number of the prompt, completions) pairs as they end."""
         ended: SimpleQueue[tuple[int, tuple[Completion, ...]] | None] = SimpleQueue()
@@ -154,7 +155,7 @@ class RayEngine:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: Mapping[str, Any],
+        sampling: Sampling,
         *,
         seeds: Sequence[int] | None = None,
         timeout_s: float | None = None,
