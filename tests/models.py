@@ -73,7 +73,7 @@ _LATENT: dict[str, Any] = {
     "kv_lora_rank": 64, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "num_mtp_layers": 0,
     "scoring_func": "sigmoid", "topk_method": "noaux_tc",
 }  # fmt: skip
-_LATENT_YARN = {
+LATENT_YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 1.0,
     "mscale": 0.7, "mscale_all_dim": 1.0,
 }  # fmt: skip
@@ -116,7 +116,7 @@ def tiny_config(family: str, *, tied: bool = False, **changes: Any) -> Pretraine
         switches = {"attention_bias": True, "use_qk_norm": True, "num_mtp_layers": 0}
         return Glm4MoeConfig(**{"head_dim": 32, **switches, **_SIGMOID, **fields, "rope_parameters": changes.get("rope_parameters", rope)})
     if family == "deepseek_v3":
-        rope = changes.get("rope_parameters", _LATENT_YARN)
+        rope = changes.get("rope_parameters", LATENT_YARN)
         return DeepseekV3Config(**{**_LATENT, **_SIGMOID, **fields, "num_key_value_heads": 4, "rope_parameters": dict(rope)})
     if family == "moonlight":
         # Moonlight is DeepSeek-V3 without compressed queries and groups, and has another epsilon.

@@ -246,3 +246,29 @@ def test_a_killed_save_leaves_the_previous_checkpoint_newest(model, tmp_path, di
     assert checkpoint_folder.latest_checkpoint(tmp_path) == tmp_path / "global_step_1"
     assert (tmp_path / ".global_step_2.partial").exists(), "it died in the middle"
     run_ranks(1, RANKS, "resume", folder=model, topology={}, root=str(tmp_path))
+
+
+def test_experts_and_the_bias_of_their_routers_go_on_under_another_layout_and_back(tmp_path):
+    """From expert ranks to ranks that each have a part of every expert, with latent attention."""
+    case = {
+        "folder": str(save_tiny_model(tmp_path / "hf", "deepseek_v3", num_hidden_layers=2)),
+        "then": {"dp_size": 2, "ep_size": 2},
+        "now": {**TP2, "etp_size": 2},
+        "overrides": {"sequence_parallel": True, "moe_router_bias_update_rate": 0.05},
+    }
+    for output in run_ranks(2, RANKS, "resume_elsewhere", cases=[case], root=str(tmp_path)):
+        assert output.count("MOVED") == 1
+
+
+@pytest.mark.parametrize("die_at", ["put_shards", "write_durably"])
+def test_a_killed_save_of_expert_ranks_leaves_every_expert_of_the_previous_checkpoint(tmp_path, die_at):
+    case = {
+        "folder": str(save_tiny_model(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2)),
+        "topology": {"dp_size": 2, "ep_size": 2},
+        "root": str(tmp_path / "run"),
+    }
+    with pytest.raises(AssertionError, match="exit -9"):
+        run_ranks(2, RANKS, "killed_while_saving", **case, die_at=die_at)
+    assert checkpoint_folder.latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "global_step_1"
+    assert (tmp_path / "run" / ".global_step_2.partial").exists(), "it died in the middle"
+    run_ranks(2, RANKS, "resume", **case)

@@ -45,6 +45,9 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
     "glm4": ({"family": "glm4"}, {"r": 4, "lora_alpha": 8, "target_modules": r".*layers\.[12]\..*proj"}),
+    "mistral": ({"family": "mistral", **SHALLOW}, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
+    "seed_oss": ({"family": "seed_oss", **SHALLOW}, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
+    "smollm3": ({"family": "smollm3", "tied": True, **SHALLOW}, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
     "deepseek_v3": (
         {"family": "deepseek_v3", **SHALLOW},
         {"r": 4, "lora_alpha": 8, "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]},
@@ -71,6 +74,10 @@ EXPERTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"family": "qwen3_moe", "tied": True, **SHALLOW, "mlp_only_layers": [1]},
         {"r": 2, "lora_alpha": 8, "target_modules": ["gate_proj", "down_proj", "q_proj"]},
     ),
+    # The first layer is dense, the second has a shared MLP beside its experts.
+    "glm4_moe": ({"family": "glm4_moe", **SHALLOW}, {"r": 4, "lora_alpha": 8}),
+    "deepseek_v3": ({"family": "deepseek_v3", **SHALLOW}, {"r": 4, "lora_alpha": 8}),
+    "moonlight": ({"family": "moonlight", **SHALLOW}, {"r": 4, "lora_alpha": 8, "use_rslora": True}),
 }
 
 
@@ -137,6 +144,9 @@ def test_two_ranks_train_as_peft(models, tmp_path):
         _case("glm4", [2, 6], pp_size=2),
         _case("glm4", [8], tp_size=2, sp=True),
         _case("deepseek_v3", [8], tp_size=2, sp=True),
+        _case("mistral", [8], tp_size=2),
+        _case("seed_oss", [8], tp_size=2, sp=True),
+        _case("smollm3", [2, 6], pp_size=2),
     ]
     _train(2, cases, models, tmp_path)
 
@@ -185,6 +195,9 @@ def test_adapters_of_experts_train_as_those_of_each_expert_by_itself(moe_models,
         _case("mixtral", [8], tp_size=2, etp_size=2, sp=True, ddp=DISTRIBUTED),
         _case("mixtral", [8], tp_size=2, sp=True),  # experts whole on both ranks, which see other tokens
         _case("qwen2_moe", [2, 6], pp_size=2),
+        _case("glm4_moe", [4], dp_size=2, ep_size=2, ddp=DISTRIBUTED),
+        _case("deepseek_v3", [8], tp_size=2, etp_size=2, sp=True),
+        _case("moonlight", [8], tp_size=2, ep_size=2, sp=True),
     ]
     _train(2, cases, moe_models, tmp_path)
     cases = [

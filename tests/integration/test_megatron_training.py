@@ -20,6 +20,7 @@ TEMPERATURE = 0.7
 OPTIMIZER = {"lr": 2e-3, "weight_decay": 0.1, "adam_eps": 1e-3, "adam_beta2": 0.95, "clip_grad": 0.5}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 # Virtual stages, uneven ones and SmolLM3's pattern need four layers.
 MODELS = {
     "llama": {"family": "llama", "tied": True, "num_key_value_heads": 4},
@@ -28,6 +29,8 @@ MODELS = {
     "glm4": {"family": "glm4", "num_hidden_layers": 2},
     "seed_oss": {"family": "seed_oss", "num_hidden_layers": 2},
     "smollm3": {"family": "smollm3", "tied": True},
+    "mistral": {"family": "mistral", "num_hidden_layers": 2},
+    "yarn": {"family": "qwen2", "num_hidden_layers": 2, "rope_parameters": YARN},
 }
 
 
@@ -98,6 +101,8 @@ def test_two_ranks_train_as_huggingface(models):
         _case("glm4", [4, 4], tp_size=2, sequence_parallel=True) | PACKED,
         _case("seed_oss", [4, 4], tp_size=2, sequence_parallel=True) | CHUNKED,
         _case("smollm3", [2, 6], pp_size=2) | PACKED | CHUNKED,
+        _case("mistral", [8], tp_size=2, sequence_parallel=True) | PACKED,
+        _case("yarn", [2, 6], pp_size=2) | PACKED,
         _case("qwen2", [3, 5], cp_size=2, ddp=OVERLAPPED) | CHUNKED,
         recomputing("qwen3", [8], cp_size=2) | PACKED,
     ]
@@ -166,6 +171,8 @@ def test_a_resumed_run_with_experts_is_the_uninterrupted_one_bit_for_bit(moe_mod
         _case("mixtral", [4, 4], tp_size=2, etp_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
         _case("qwen2_moe", [4, 4], pp_size=2, ddp=DISTRIBUTED),
         _case("qwen3_moe", [4, 4], tp_size=2, sequence_parallel=True, ddp=DISTRIBUTED),
+        # Its routers' bias moves with every step, and decides where tokens go in the next.
+        {**_case("deepseek_v3", [2, 2], dp_size=2, ep_size=2, ddp=DISTRIBUTED), "overrides": {"moe_router_bias_update_rate": 0.05}},
     ]
     _run(2, "resume_bitwise", cases, moe_models, root=str(tmp_path))
     assert {path.name for path in tmp_path.glob("1/iter_*/*")} == {"checksums.json", "mp_rank_00_000", "mp_rank_00_001"}

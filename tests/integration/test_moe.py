@@ -41,9 +41,21 @@ def test_logits_and_experts_agree_with_huggingface_on_four_ranks(models, tmp_pat
         {**models["deepseek_v3"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
         {**models["moonlight"], "topology": {"tp_size": 2, "pp_size": 2, "ep_size": 2, **UNEVEN}, "overrides": SP},
         {**models["moonlight"], "topology": {"dp_size": 4, "ep_size": 4}},
+        {**models["mixtral"], "topology": {"tp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}, "overrides": SP},
+        {**models["mixtral"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
+        {**models["qwen2_moe"], "topology": {"pp_size": 2, "vpp_size": 2, "dp_size": 2, "ep_size": 2}},
+        {**models["moonlight"], "topology": {"tp_size": 2, "pp_size": 2, "vpp_size": 2, "etp_size": 2}, "overrides": SP},
     ]
     outputs = run_ranks(4, RANKS, "agree_with_huggingface", cases=cases, out_dir=str(tmp_path))
     assert outputs[3].count("LOGITS") == len(cases), "the last rank is on the last stage of every case"
+
+
+def test_logits_and_experts_agree_with_huggingface_on_eight_ranks(models, tmp_path):
+    """Every axis that cuts experts or layers at once."""
+    axes = {"tp_size": 2, "pp_size": 2, "dp_size": 2, "ep_size": 2, "etp_size": 2}
+    case = {**models["deepseek_v3"], "topology": axes, "overrides": SP}
+    outputs = run_ranks(8, RANKS, "agree_with_huggingface", cases=[case], out_dir=str(tmp_path))
+    assert outputs[7].count("LOGITS") == 1
 
 
 def test_stacked_experts_of_every_family_are_read_and_restored_in_that_form(models, tmp_path):

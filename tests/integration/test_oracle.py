@@ -6,7 +6,7 @@ import pytest
 
 from rlsync.engine.handles.adapters import lora_arguments
 from tests.integration.engine_source import ENGINE_ENV
-from tests.models import LATENT_SIZES, add_further_layer, save_tiny_model
+from tests.models import LATENT_SIZES, LATENT_YARN, add_further_layer, save_tiny_model
 from tests.ranks import run_ranks
 
 OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -42,8 +42,17 @@ OPTIONS = {
     },
 }
 # Engines that are held to their actor alone: that what vLLM computes with the weights is what Megatron does.
-BY_ACTOR = (("glm4", False, {"tp_size": 2}), ("seed_oss", False, {"pp_size": 2}), ("smollm3", True, {"tp_size": 2}))
-SIZES = {"deepseek_v3": LATENT_SIZES}
+BY_ACTOR = (
+    ("glm4", False, {"tp_size": 2}),
+    ("seed_oss", False, {"pp_size": 2}),
+    ("smollm3", True, {"tp_size": 2}),
+    ("mistral", False, {"pp_size": 2}),
+    ("mixtral", False, {"dp_size": 2, "ep_size": 2}),
+    ("qwen2_moe", False, {"tp_size": 2, "etp_size": 2}),
+    ("moonlight", False, {"dp_size": 2, "ep_size": 2}),
+)
+# vLLM's kernel on CPU turns queries of latent attention rightly with yarn alone.
+SIZES = {"deepseek_v3": LATENT_SIZES, "moonlight": {**LATENT_SIZES, "rope_parameters": LATENT_YARN}}
 
 
 @pytest.mark.slow
@@ -75,10 +84,11 @@ def test_synced_engines_answer_with_the_log_probabilities_of_their_actor(tmp_pat
         monkeypatch.setenv(name, value)
     cases = [
         {
-            "folder": str(save_tiny_model(tmp_path / family / "hf", family, tied=tied)),
+            "folder": str(save_tiny_model(tmp_path / family / "hf", family, tied=tied, **SIZES.get(family, {}))),
             "topology": topology,
             "out_dir": str(tmp_path / family),
             "fresh": False,
+            "actor_overrides": {"sequence_parallel": "etp_size" in topology},
         }
         for family, tied, topology in BY_ACTOR
     ]
