@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, ge
 from torch import Tensor
 
 from rlsync.errors import ConfigError, GradientError
+from rlsync.megatron.balance import Balance, balanced
 from rlsync.megatron.context import Share, sequence_multiple, share_of, total_multiple
 from rlsync.megatron.model import unwrap
 from rlsync.megatron.optimizer import AFTER_NAN, rates_of_parts
@@ -64,7 +65,8 @@ class StepResult:
         loss_scale: factor on the fp16 loss; 1.0 otherwise.
         skipped: gradients overflowed under fp16, so nothing but the loss scale changed.
         balancing: balancing losses of routers before their coefficient, by Megatron's names: mean over layers with experts, passes
-            (those that fill up the schedule too) and replicas. Padding counts, as in the gradient. Empty without a coefficient.
+            (those that fill up the schedule too) and replicas, over tokens that the ``lengths`` of microbatches count (with
+            ``moe_router_fusion`` over padding too). Empty without a coefficient.
     """
 
     metrics: Mapping[str, float]
@@ -112,7 +114,7 @@ def train_step(
         never_drawn: tokens that take no probability in them, because whoever samples leaves them out (vLLM's ``logit_bias``).
         routing: of these chunks; tokens then go to the experts that a microbatch's ``routes`` (B, S, layers with experts, topk) name.
         packing: the model gets the rows of a microbatch one after the other, without the padding behind their ``lengths`` (B,) int64;
-            losses, metrics and gradients are the same, but for balancing losses, in which padding counts.
+            losses, metrics and gradients are the same.
         chunk_tokens: positions of a microbatch of which logits exist at once; those of more are computed again in the backward pass.
 
     Raises:
@@ -254,6 +256,7 @@ class _Passed:
         vocab_size: of the model, without padding.
         repeated: this pass fills up the schedule; its loss does not count.
         index: of the microbatch.
+        valid: (B, S) as ``tokens``, which of them are of a sequence; None without experts, without lengths, and where all are padding.
     """
 
     microbatch: Microbatch
@@ -265,6 +268,7 @@ class _Passed:
     vocab_size: int
     repeated: bool
     index: int
+    valid: Tensor | None
 
     def scores(self, scoring: Scoring) -> TokenScores:
         """Of the caller's tokens, from what ``ScoringHead`` made of the targets. Collective over the CP group."""
@@ -302,9 +306,12 @@ def _run(
     rows, length = passes[0].tokens.shape
     # The schedule divides by the ranks that share a sequence.
     length *= parallel_state.get_context_parallel_world_size()
-    with nullcontext() if routing is None else routing.run(with_gradients=not forward_only):
+    with (
+        nullcontext() if routing is None else routing.run(with_gradients=not forward_only),
+        nullcontext() if forward_only else balanced(models) as balance,
+    ):
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward, on_output, how, routing),
+            forward_step_func=partial(_forward, on_output, how, routing, balance),
             data_iterator=iterators if len(models) > 1 else iterators[0],
             model=list(models) if len(models) > 1 else models[0],
             num_microbatches=len(passes),
@@ -316,17 +323,23 @@ def _run(
 
 
 def _forward(
-    on_output: Callable[..., Any], how: _How | None, routing: Routing | None, passes: Iterator[_Passed], model: torch.nn.Module
+    on_output: Callable[..., Any],
+    how: _How | None,
+    routing: Routing | None,
+    balance: Balance | None,
+    passes: Iterator[_Passed],
+    model: torch.nn.Module,
 ) -> tuple[Tensor, Callable[..., Any]]:
     passed, chunk = next(passes), unwrap(model)
     routes = passed.microbatch.get(ROUTES)
     routed = nullcontext() if routing is None else routing.microbatch(passed.index, passed.tokens, routes, passed.packing, passed.share)
+    counted = nullcontext() if balance is None else balance.microbatch(passed.valid, counts=not passed.repeated)
     scored: AbstractContextManager[None] = nullcontext()
     scoring: Scoring | None = None
     if how is not None and chunk.post_process:
         scoring = Scoring(passed.targets, passed.vocab_size, how.temperature, how.never_drawn, how.chunk_tokens)
         scored = chunk.output_layer.scoring(scoring)
-    with routed, scored:
+    with routed, counted, scored:
         output = model(input_ids=passed.tokens, attention_mask=None, **passed.arguments)
     return output, partial(on_output, passed, scoring)
 
@@ -351,16 +364,25 @@ def _prepared(models: Sequence[torch.nn.Module], microbatches: Sequence[Microbat
         if packed is not None:
             given, targets = packed.pack(tokens), packed.pack(targets)
         share = share_of((0, length) if packed is None else packed.bounds) if config.context_parallel_size > 1 else None
+        valid = None if config.num_moe_experts is None else _valid(microbatch, tokens, packed)
         if share is not None:
             given, targets = share.own(given, 1), share.own(targets, 1)
+            valid = None if valid is None else share.own(valid, 1)
         arguments = _arguments(chunk, tokens, microbatch, packed, share)
-        vocab_size = chunk.unpadded_vocab_size
-        passes.append(
-            _Passed(moved, to_device(given), to_device(targets), packed, share, arguments, vocab_size, repeated=False, index=index)
-        )
+        found = to_device(given), to_device(targets), packed, share, arguments, chunk.unpadded_vocab_size
+        passes.append(_Passed(moved, *found, repeated=False, index=index, valid=None if valid is None else to_device(valid)))
     last = passes[-1]
     filling = replace(last, repeated=True)
     return passes + [filling] * (_padded_count(models, len(passes)) - len(passes))
+
+
+def _valid(microbatch: Microbatch, tokens: Tensor, packing: Packing | None) -> Tensor | None:
+    """Which tokens of the microbatch, as it is padded to ``tokens`` (B, S) or packed, are of a sequence."""
+    if LENGTHS not in microbatch or not bool(microbatch[LENGTHS].any()):
+        return None
+    lengths = microbatch[LENGTHS].to(tokens.device)
+    valid = torch.arange(tokens.size(1), device=tokens.device) < F.pad(lengths, (0, tokens.size(0) - lengths.size(0)))[:, None]
+    return valid if packing is None else packing.pack(valid)
 
 
 def _check(config: TransformerConfig, microbatches: Sequence[Microbatch], *, packing: bool) -> None:

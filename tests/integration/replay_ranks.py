@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,25 +87,72 @@ def balance(folder: str, expected: str) -> None:
             overrides = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": weight}
             models = bridge.get_model(folder, topology=layout, bf16=False, overrides=overrides)
             optimizer = build_optimizer(models, OptimizerOptions(lr=0.0, weight_decay=0.0, clip_grad=0.0))
-            mine = [{name: m[name] for name in ("tokens", "weights")} for m in _microbatches(wanted, layout.dp_size)]
-            # Sequences that are shared are padded, which counts, but for the first.
-            shared, balances = mine[:1], wanted["balancing"]
-            batches = [shared, shared] if layout.cp_size > 1 else [mine, mine]
-            for batch in batches:
-                found = train_step(models, optimizer, batch, loss).balancing
+            for packing in (False, True):
+                mine = _trained_on(wanted, layout.dp_size, rows=2)
+                found = train_step(models, optimizer, mine, loss, packing=packing).balancing
                 assert list(found) == (["load_balancing_loss"] if weight else []), found
                 if weight:
-                    theirs = balances[0] if batch is shared else sum(balances) / len(balances)
-                    assert abs(found["load_balancing_loss"] - theirs) <= 1e-4, (topology, found, theirs)
-            if layout.dp_size == 1:
-                weightless = [{**m, "weights": torch.zeros_like(m["weights"])} for m in shared]
-                norms.append(train_step(models, optimizer, weightless, loss).grad_norm)
+                    groups = [range(first, 4, layout.dp_size) for first in range(layout.dp_size)]
+                    theirs = [_balancing_loss(wanted, rows[at : at + 2]) for rows in groups for at in range(0, len(rows), 2)]
+                    assert abs(found["load_balancing_loss"] - sum(theirs) / len(theirs)) <= 1e-4, (topology, found, theirs)
+                if layout.dp_size == 1:
+                    weightless = [{**m, "weights": torch.zeros_like(m["weights"])} for m in mine]
+                    norms.append(train_step(models, optimizer, weightless, loss, packing=packing).grad_norm)
         destroy_parallel(keep_distributed=True)
-    # On two stages and where two ranks share a sequence, with and without the weight of that loss.
-    assert norms[1] == norms[3] == 0 < norms[0], norms
-    assert abs(norms[2] - norms[0]) <= 1e-4 * norms[0], norms
+    # On two stages and where two ranks share a sequence: with and without the weight of that loss, padded and packed.
+    of_loss = [*norms[:2], *norms[4:6]]
+    assert [*norms[2:4], *norms[6:]] == [0] * 4 and min(of_loss) > 0, norms
+    assert all(abs(norm - norms[0]) <= 1e-4 * norms[0] for norm in of_loss), norms
     print("BALANCED", flush=True)
     destroy_parallel()
+
+
+def _balancing_loss(wanted: dict[str, Any], rows: Sequence[int]) -> float:
+    """Equations 4 to 6 of arXiv 2101.03961, for several experts a token: of the tokens of some sequences, the mean over layers."""
+    chosen, shares = (torch.cat([wanted[name][row, : wanted["lengths"][row]] for row in rows]) for name in ("chosen", "shares"))
+    counts = _counts(wanted, rows) / (len(chosen) * chosen.size(-1))
+    return (shares.size(-1) * (counts * shares.mean(0)).sum(-1)).mean().item()
+
+
+def _counts(wanted: dict[str, Any], rows: Sequence[int]) -> torch.Tensor:
+    """(layers with experts, experts): to how many tokens of some sequences transformers gives each expert."""
+    chosen = torch.cat([wanted["chosen"][row, : wanted["lengths"][row]] for row in rows])
+    num_experts = wanted["shares"].size(-1)
+    return torch.stack([torch.bincount(each.reshape(-1), minlength=num_experts) for each in chosen.unbind(1)])
+
+
+def _trained_on(wanted: dict[str, Any], replicas: int, rows: int) -> list[dict[str, torch.Tensor]]:
+    return [{name: m[name] for name in ("tokens", "weights", "lengths")} for m in _microbatches(wanted, replicas, rows)]
+
+
+def move_biases(folder: str, cases: Sequence[dict[str, Any]], expected: str) -> None:
+    """After a step the bias of every expert is a rate higher where it got fewer tokens than the mean, and lower where it got more."""
+    wanted, rate = torch.load(expected), 0.25
+    for case in cases:
+        counts = _counts(wanted, range(case.get("count", 4))).double()
+        moves = rate * (counts.mean(-1, keepdim=True) - counts).sign()
+        topology = Topology(**case["topology"])
+        initialize_parallel(topology, seed=5, timeout_s=300)
+        bridge = AutoBridge.from_pretrained(folder)
+        overrides = {**case.get("overrides", {}), "moe_router_bias_update_rate": rate}
+        models = bridge.get_model(folder, topology=topology, bf16=False, overrides=overrides)
+        began = _biases(bridge, models)
+        assert len(began) == len(moves)
+        optimizer = build_optimizer(models, OptimizerOptions(lr=0.0, weight_decay=0.0))
+        mine = _trained_on(wanted, topology.dp_size, rows=case.get("rows", 2))[: case.get("count")]
+        train_step(models, optimizer, mine, loss, packing=case.get("packing", False))
+        for place, (before, after) in enumerate(zip(began, _biases(bridge, models), strict=True)):
+            off = ((after - before) - moves[place]).abs().max().item()
+            assert off < 1e-5, f"{case}: of layer {place} with experts: {after - before}, and {moves[place]} by the tokens of experts"
+        if dist.get_rank() == 0:
+            print("MOVED", flush=True)
+        destroy_parallel(keep_distributed=True)
+    destroy_parallel()
+
+
+def _biases(bridge: AutoBridge, models: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
+    """Of the routers of all layers with experts, in their order."""
+    return [t.clone() for name, t in sorted(bridge.export_weights(models)) if name.endswith("e_score_correction_bias")]
 
 
 def grpo(folder: str, expected: str) -> None:

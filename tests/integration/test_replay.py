@@ -50,22 +50,11 @@ def force(root: Path, family: str, sparse: Sequence[int]) -> tuple[str, str]:
         {
             "tokens": tokens, "weights": weights, "routes": routes.to(torch.int16), "live": live.to(torch.int16), "lengths": LENGTHS,
             "expected": expected[0].detach(), "free": free[0].detach(), "grad_norm": norm.item(), "loss": loss.item(),
-            "balancing": balancing_loss(chosen, shares),
+            "chosen": chosen, "shares": shares,
         },
         path,
     )  # fmt: skip
     return folder, str(path)
-
-
-def balancing_loss(chosen, shares):
-    """Equations 4 to 6 of arXiv 2101.03961, for several experts a token: of each sequence the mean over layers."""
-    losses, num_experts = [], shares.size(-1)
-    for row, length in enumerate(LENGTHS):
-        losses.append(0.0)
-        for place in range(chosen.size(2)):
-            fraction = torch.bincount(chosen[row, :length, place].reshape(-1), minlength=num_experts) / (length * chosen.size(-1))
-            losses[-1] += num_experts * (fraction * shares[row, :length, place].mean(0)).sum().item() / chosen.size(2)
-    return losses
 
 
 def passed(model, tokens, routes, sparse):
@@ -135,6 +124,20 @@ def test_grpo_on_the_engines_routes_has_the_engines_log_probabilities_and_withou
 
 
 def test_the_balancing_loss_of_a_step_is_that_of_transformers_choices(forced):
+    """Whatever pads them, which is no token of any expert's."""
     folder, expected = forced
     outputs = run_ranks(2, RANKS, "balance", folder=folder, expected=expected)
     assert all("BALANCED" in output for output in outputs)
+
+
+def test_the_bias_of_routers_moves_by_the_tokens_of_transformers_choices_in_every_layout(tmp_path):
+    """Padded and packed, computed again or not, also where passes fill up the schedule."""
+    folder, expected = force(tmp_path, "deepseek_v3", LATENT_SPARSE)
+    cases = [
+        {"topology": {"dp_size": 2, "ep_size": 2}},
+        {"topology": {"tp_size": 2, "ep_size": 2}, "overrides": {**SP, **RECOMPUTED}},
+        {"topology": {"pp_size": 2, "vpp_size": 2}, "overrides": PARTLY, "rows": 1, "count": 3},
+        {"topology": {"cp_size": 2}, "packing": True},
+    ]
+    outputs = run_ranks(2, RANKS, "move_biases", folder=folder, cases=cases, expected=expected)
+    assert outputs[0].count("MOVED") == len(cases)
