@@ -84,23 +84,32 @@ def read_adapter_config(folder: Path | str) -> LoraSpec:
     parameters: Any = content.get("target_parameters") or []
     if targets is None and parameters:
         targets = []
-    if not isinstance(targets, str | list):
+    if not isinstance(targets, str) and not _are_names(targets):
         findings.append(f"target_modules is {targets!r}; it must be names or a regular expression")
-    if not isinstance(parameters, list):
+    if not _are_names(parameters):
         findings.append(f"target_parameters is {parameters!r}; it must be names")
+    excluded: Any = content.get("exclude_modules") or []
+    if not isinstance(excluded, str) and not _are_names(excluded):
+        findings.append(f"exclude_modules is {excluded!r}; it must be names or a regular expression")
+    dropout: Any = content.get("lora_dropout") or 0.0
+    if not isinstance(dropout, int | float):
+        findings.append(f"lora_dropout is {dropout!r}; it must be a number")
     if findings:
         raise ConfigError(f"{path}: " + "; ".join(findings))
-    excluded = content.get("exclude_modules") or ()
     return LoraSpec(
         r=rank,
         lora_alpha=float(alpha),
-        lora_dropout=float(content.get("lora_dropout") or 0.0),
+        lora_dropout=float(dropout),
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
         use_rslora=bool(content.get("use_rslora")),
         init=_INITIAL[initial],
         target_parameters=tuple(parameters),
     )
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def base_of_adapter(folder: Path | str) -> str | None:
