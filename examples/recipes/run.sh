@@ -82,11 +82,11 @@ elif [ $# -eq 0 ] && [ -t 0 ]; then
 fi
 set -- ${chosen[@]+"${chosen[@]}"} "$@"
 
-config=$PLAIN recipe="" twin="" only_print="" keys=() rest=() to_hf=()
+config=$PLAIN plain="" recipe="" twin="" only_print="" keys=() rest=() to_hf=()
 while [ $# -gt 0 ]; do
     flag=$1
     case $flag in
-        --plain) case ${2:-} in "" | *=* | --*) shift ;; *) config=$2 && shift 2 ;; esac && continue ;;
+        --plain) plain=1 && case ${2:-} in "" | *=* | --*) shift ;; *) config=$2 && shift 2 ;; esac && continue ;;
         --twin) twin=1 && shift && continue ;;
         --print) only_print=1 && shift && continue ;;
         -h | --help) usage && exit 0 ;;
@@ -130,13 +130,14 @@ $(list_recipes)"
     esac
 done
 if [ ${#to_hf[@]} -gt 0 ]; then
-    [ -z "$recipe$twin" ] && [ $((${#keys[@]} + ${#rest[@]})) -eq 0 ] || fail "--to-hf stands alone: it starts no run"
+    [ -z "$plain$recipe$twin" ] && [ $((${#keys[@]} + ${#rest[@]})) -eq 0 ] || fail "--to-hf stands alone: it starts no run"
     [ -z "$only_print" ] || { echo "${to_hf[*]}" && exit 0; }
     # shellcheck source=scripts/bootstrap.sh
     source "$ROOT/scripts/bootstrap.sh"
     exec "${to_hf[@]}"
 fi
 if [ -n "$recipe" ]; then
+    [ -z "$plain" ] || fail "--plain is of a configuration that says everything, and --recipe of another: leave one of them out"
     config=pretrain_text keys=("recipe=$recipe" ${twin:+"+twin=cpu"} ${keys[@]+"${keys[@]}"})
 elif [ -n "$twin" ]; then
     fail "--twin is of a recipe: --recipe NAME --twin"

@@ -171,6 +171,8 @@ def test_flags_and_menu_give_the_same_command(flags: str, answers: str, command:
         ("--twin", "error: --twin is of a recipe"),
         ("--to-hf /run/global_step_4", "error: --to-hf CHECKPOINT FOLDER: the folder to write is missing"),
         ("--tp 2 --to-hf /run/global_step_4 /out", "error: --to-hf stands alone"),
+        ("--plain own --to-hf /run/global_step_4 /out", "error: --to-hf stands alone"),
+        ("--plain own --recipe llama3_8b --print", "error: --plain is of a configuration that says everything, and --recipe of another"),
     ],
 )
 def test_what_no_way_is_called_is_refused_before_anything_is_set_up(arguments: str, said: str) -> None:
