@@ -270,7 +270,7 @@ class Journal:
         """``folder`` is the working folder of a conversion, ``rank`` this process among those that share it: each has a file of its own,
         because hosts do not append to one."""
         self.folder, self.rank = folder, rank
-        self.made: set[int] = set()
+        self.made: dict[int, int] = {}
         self.sealed: set[int] = set()
         self.buckets: dict[tuple[int, int], int] = {}
         self.read()
@@ -279,16 +279,19 @@ class Journal:
         """Take in what others have added."""
         for line in (line for path in self.folder.glob("journal*") for line in path.read_text().splitlines()):
             kind, *numbers = line.split(" ")
-            if kind in ("made", "sealed") and len(numbers) == 2:
-                getattr(self, kind).add(int(numbers[0]))
+            if kind == "made" and len(numbers) == 3:
+                self.made[int(numbers[0])] = int(numbers[1])
+            elif kind == "sealed" and len(numbers) == 2:
+                self.sealed.add(int(numbers[0]))
             elif kind == "bucket" and len(numbers) == 4:
                 self.buckets[int(numbers[0]), int(numbers[1])] = int(numbers[2])
 
     @classmethod
-    def open(cls, folder: Path, identity: str) -> Journal:
-        """The journal of a working folder; what was done for another request, or with other files, is removed."""
+    def open(cls, folder: Path, identity: str, files: Sequence[str]) -> Journal:
+        """The journal of a working folder that is to hold ``files``. What was done for another request, or with other files, is removed,
+        and so is what lacks a file that was made: disks for work in progress are swept of files that nobody has touched for a while."""
         request = folder / "request.json"
-        if not request.is_file() or request.read_text() != identity:
+        if not request.is_file() or request.read_text() != identity or cls(folder)._has_lost(files):
             request.unlink(missing_ok=True)
             shutil.rmtree(folder / _STAGED, ignore_errors=True)
             for journal in folder.glob("journal*"):
@@ -301,9 +304,15 @@ class Journal:
     def done_bytes(self) -> int:
         return sum(self.buckets.values())
 
-    def add_made(self, target: int) -> None:
-        self.made.add(target)
-        self._add(f"made {target}")
+    def _has_lost(self, files: Sequence[str]) -> bool:
+        """Whether a file, or the line that says that it was made, is not there any more, or not whole."""
+        paths = {self.folder / _STAGED / files[target]: nbytes for target, nbytes in self.made.items()}
+        is_damaged = any(not path.is_file() or path.stat().st_size != nbytes for path, nbytes in paths.items())
+        return is_damaged or not {target for target, _ in self.buckets} <= self.made.keys()
+
+    def add_made(self, target: int, nbytes: int) -> None:
+        self.made[target] = nbytes
+        self._add(f"made {target} {nbytes}")
 
     def add_sealed(self, target: int) -> None:
         self.sealed.add(target)
@@ -360,7 +369,7 @@ def _working_folder(target: Path) -> Iterator[Path]:
 
 def _make_files(folder: Path, targets: Sequence[Target], identity: str) -> None:
     """Make the files that were not made, and keep room for them. Raises CheckpointError where the disk has too little."""
-    journal = Journal.open(folder, identity)
+    journal = Journal.open(folder, identity, [target.path for target in targets])
     absent = [index for index in range(len(targets)) if index not in journal.made]
     needed = sum(copied_bytes(targets[index]) for index in absent) + _SPARE_BYTES if absent else 0
     free = shutil.disk_usage(folder).free
@@ -374,7 +383,7 @@ def _make_files(folder: Path, targets: Sequence[Target], identity: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         targets[index].create(file)
         reserve(file)
-        journal.add_made(index)
+        journal.add_made(index, file.stat().st_size)
 
 
 def _filled(

@@ -433,3 +433,29 @@ def test_a_stopped_conversion_does_not_go_on_with_other_weights_or_beside_anothe
     assert convert(asked).progress.resumed_bytes == 0
     convert(request(tmp_path / "out", tmp_path / "back", "hf"))
     assert same(tensors(tmp_path / "back"), tensors(source))
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "journal of the first process removed"])
+def test_a_stopped_conversion_whose_files_were_lost_begins_anew(tiny, tmp_path, damage):
+    """A folder without the file, or with an empty one, was given its name."""
+    asked, working = request(tiny, tmp_path / "out", "hf", max_shard_bytes=200_000, bucket_bytes=1), tmp_path / ".out.conversion"
+
+    def stop(progress) -> None:
+        if progress.done_bytes > progress.total_bytes // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(asked, report=stop)
+    assert not asked.target.exists()
+    file = min((working / "folder").glob("*.safetensors"))
+    if damage == "removed":
+        file.unlink()
+    elif damage == "cut":
+        os.truncate(file, 8)
+    else:
+        # What others have done is told by theirs.
+        lines = (working / "journal").read_text()
+        (working / "journal").unlink()
+        (working / "journal.1").write_text("\n".join(line for line in lines.splitlines() if line.startswith("bucket")))
+    assert convert(asked).progress.resumed_bytes == 0
+    assert same(tensors(asked.target), tensors(tiny))
