@@ -22,7 +22,7 @@ from rlsync.layout.torch_files import Opaque, TensorView, read_torch_file
 from rlsync.models import Flavour, Model, model_of
 from rlsync.models.lora import Adapters, adapters_of
 from rlsync.models.placement import megatron_placement
-from rlsync.models.shards import ADAPTERS_SCALING, EXTRA_STATE, RANK_STATE_FILE, chunk_keys, local_names
+from rlsync.models.shards import ADAPTERS_SCALING, EXTRA_STATE, RANK_STATE_FILE, both_names, chunk_keys, local_names
 from rlsync.models.stored import StoredForm
 
 Form = Literal["hf", "megatron"]
@@ -381,7 +381,8 @@ def _named(
     for name in local_names(model, topology, rank, adapters):
         spelled = [each for each in dict.fromkeys((name.local, name.te)) if each in chunks[name.chunk]]
         if len(spelled) != 1:
-            findings.append(f"{where}: {name.local} is {'there under two names' if spelled else 'missing'}")
+            called = both_names(name.bound.local, name.local)
+            findings.append(f"{where}: {called} is {'there under two names' if spelled else 'missing'}")
             continue
         if name.te != name.local:
             flavours.add("te" if spelled[0] == name.te else "local")

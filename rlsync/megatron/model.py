@@ -179,6 +179,11 @@ def iter_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[int, st
             yield chunk_index, name, numbers.global_name(name), parameter
 
 
+def global_names(model: torch.nn.Module) -> Callable[[str], str]:
+    """The global name of what a chunk calls by a local one: a parameter, or a buffer that a checkpoint keeps."""
+    return _Numbers(unwrap(model)).global_name
+
+
 def parts_of_parameters(models: Sequence[torch.nn.Module]) -> Iterator[tuple[torch.nn.Parameter, Part]]:
     """Every parameter of this rank with the part of the model that it belongs to."""
     tower_parts = unwrap(models[0]).tower_parts

@@ -23,7 +23,7 @@ from rlsync.copy.torch_files import bytes_of, create_torch_file, places_of, tens
 from rlsync.copy.writes import Writes, share_of
 from rlsync.errors import CheckpointError, first_few
 from rlsync.layout.torch_files import read_torch_file
-from rlsync.megatron.model import adapters_in, gather_parameters, is_adapter, iter_parameters, iter_weights, unwrap
+from rlsync.megatron.model import adapters_in, gather_parameters, global_names, is_adapter, iter_parameters, iter_weights, unwrap
 from rlsync.megatron.optimizer_state import (
     SavedOrder,
     ShardedParameter,
@@ -51,6 +51,7 @@ from rlsync.models.shards import (
     PLANES,
     RANK_STATE_FILE,
     WHOLE_NAMES,
+    both_names,
     chunk_keys,
     weights_only_state,
 )
@@ -159,7 +160,7 @@ def read_rank_state(
     _check_topology(state["topology"], asdict(current_topology(models)), str(folder))
     _check_options(state, _options(models, optimizer), str(folder))
     for key, model in _keyed(models):
-        _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder))
+        _check_tensors(dict(_tensors(model)), _section(state, key, str(folder)), str(folder), global_names(model))
     if optimizer is not None:
         _check_is_sharded(Path(folder, DISTRIBUTED_OPTIMIZER_FILE), optimizer)
     try:
@@ -292,8 +293,8 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _restore_tensors(state: Mapping[str, Any], models: Sequence[torch.nn.Module], source: str) -> None:
     chunks = [(dict(_tensors(model)), _section(state, key, source)) for key, model in _keyed(models)]
-    for live, stored in chunks:
-        _check_tensors(live, stored, source)
+    for (live, stored), model in zip(chunks, models, strict=True):
+        _check_tensors(live, stored, source, global_names(model))
     with torch.no_grad():
         for live, stored in chunks:
             for name, tensor in live.items():
@@ -372,13 +373,14 @@ def _check_options(state: Mapping[str, Any], running: Mapping[str, Any], source:
         raise CheckpointError(f"{source}: {'; '.join(different)}; resume with the saved {keys}")
 
 
-def _check_tensors(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str) -> None:
+def _check_tensors(live: Mapping[str, Tensor], stored: Mapping[str, Tensor], source: str, global_name: Callable[[str], str]) -> None:
     if not isinstance(stored, dict) or not all(isinstance(tensor, Tensor) for tensor in stored.values()):
         raise CheckpointError(f"{source} holds something else than tensors by name as its model; rlsync did not write it")
-    findings = [f"{name} is missing" for name in live if name not in stored]
+    called = {name: both_names(global_name(name), name) for name in live}
+    findings = [f"{called[name]} is missing" for name in live if name not in stored]
     findings += [f"{name} is unexpected" for name in stored if name not in live]
     findings += [
-        f"{name}: expected {tuple(tensor.shape)} {tensor.dtype}, got {tuple(stored[name].shape)} {stored[name].dtype}"
+        f"{called[name]}: expected {tuple(tensor.shape)} {tensor.dtype}, got {tuple(stored[name].shape)} {stored[name].dtype}"
         for name, tensor in live.items()
         if name in stored and (stored[name].shape != tensor.shape or stored[name].dtype != tensor.dtype)
     ]

@@ -45,6 +45,11 @@ def weights_only_state(
     return {**head, **chunks}
 
 
+def both_names(whole: str, local: str) -> str:
+    """What to call a parameter in a message: by its layer and expert of the whole model, and as the file of its rank has it."""
+    return whole if whole == local else f"{whole} ({local} there)"
+
+
 @dataclass(frozen=True, slots=True)
 class LocalName:
     """A parameter of a rank: its chunk, and its names in there under the two specs."""

@@ -33,6 +33,7 @@ from rlsync.megatron.optimizer_state import distributed_parts, parameter_ranges
 from rlsync.megatron.parallel import destroy_parallel, initialize_parallel
 from rlsync.megatron.train import train_step
 from rlsync.models.memory import TrainingOptions, training_memory
+from tests.vision_models import VISION_START
 
 
 class Trainer:
@@ -63,7 +64,7 @@ class Trainer:
 
     def train(self) -> float:
         # Drawn from the global generator, so that a random state that is not restored shows.
-        tokens = torch.randint(0, 131, (2, 12))
+        tokens = torch.randint(0, VISION_START if "vision_config" in self.bridge.hf_config else 131, (2, 12))
         self.step += 1
         loss = lambda scores, microbatch: (-scores.log_probs[:, 1:].mean() / self.topology.dp_size, {})  # noqa: E731
         return train_step(self.models, self.optimizer, [{"tokens": tokens}], loss, scheduler=self.scheduler).metrics["loss"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from rlsync.bridge import checkpoint_folder
 from tests.models import save_tiny_model
 from tests.ranks import run_ranks, said
+from tests.vision_models import save_tiny_vision_model
 
 RANKS = "tests.integration.checkpoint_ranks"
 TP2 = {"tp_size": 2}
@@ -248,16 +250,20 @@ def test_a_killed_save_leaves_the_previous_checkpoint_newest(model, tmp_path, di
     run_ranks(1, RANKS, "resume", folder=model, topology={}, root=str(tmp_path))
 
 
-def test_experts_and_the_bias_of_their_routers_go_on_under_another_layout_and_back(tmp_path):
-    """From expert ranks to ranks that each have a part of every expert, with latent attention."""
-    case = {
-        "folder": str(save_tiny_model(tmp_path / "hf", "deepseek_v3", num_hidden_layers=2)),
-        "then": {"dp_size": 2, "ep_size": 2},
-        "now": {**TP2, "etp_size": 2},
-        "overrides": {"sequence_parallel": True, "moe_router_bias_update_rate": 0.05},
-    }
-    for output in run_ranks(2, RANKS, "resume_elsewhere", cases=[case], root=str(tmp_path)):
-        assert output.count("MOVED") == 1
+def test_experts_the_bias_of_their_routers_and_towers_go_on_under_another_layout_and_back(tmp_path):
+    """From expert ranks to ranks that each have a part of every expert, with latent attention; from two stages, one with the tower."""
+    sequence = {"sequence_parallel": True}
+    cases = [
+        {
+            "folder": str(save_tiny_model(tmp_path / "experts", "deepseek_v3", num_hidden_layers=2)),
+            "then": {"dp_size": 2, "ep_size": 2},
+            "now": {**TP2, "etp_size": 2},
+            "overrides": {**sequence, "moe_router_bias_update_rate": 0.05},
+        },
+        {"folder": str(save_tiny_vision_model(tmp_path / "tower", "qwen3_vl")), "then": PP2, "now": TP2, "overrides": sequence},
+    ]
+    for output in run_ranks(2, RANKS, "resume_elsewhere", cases=cases, root=str(tmp_path)):
+        assert output.count("MOVED") == len(cases)
 
 
 @pytest.mark.parametrize("die_at", ["put_shards", "write_durably"])
@@ -272,3 +278,9 @@ def test_a_killed_save_of_expert_ranks_leaves_every_expert_of_the_previous_check
     assert checkpoint_folder.latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "global_step_1"
     assert (tmp_path / "run" / ".global_step_2.partial").exists(), "it died in the middle"
     run_ranks(2, RANKS, "resume", **case)
+    (path,) = tmp_path.glob("run/global_step_1/actor/iter_*/mp_rank_00_001/model_optim_rng.pt")
+    state = torch.load(path, weights_only=True)
+    name = "decoder.layers.0.mlp.experts.local_experts.{}.linear_fc1.weight"
+    torch.save({**state, "model": {key: t for key, t in state["model"].items() if key != name.format(1)}}, path)
+    with pytest.raises(AssertionError, match=re.escape(f"{name.format(5)} ({name.format(1)} there) is missing")):
+        run_ranks(2, RANKS, "resume", **case)

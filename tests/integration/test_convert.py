@@ -395,6 +395,19 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_rank_lacks_is_named_by_its_layer_and_expert_of_the_whole_model(tmp_path):
+    """Of the last stage and the second expert rank, in whose file both are counted from 0."""
+    folder = save_tiny_model(tmp_path / "hf", "qwen3_moe")
+    convert(request(folder, tmp_path / "shards", "megatron", {"pp_size": 2, "ep_size": 2}))
+    (path,) = tmp_path.glob("shards/iter_*/mp_rank_00_001_001/model_optim_rng.pt")
+    state = torch.load(path, weights_only=True)
+    del state["model"]["decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight"]
+    torch.save(state, path)
+    whole, there = (f"decoder.layers.{layer}.mlp.experts.local_experts.{n}.linear_fc2.weight" for layer, n in ((3, 7), (1, 3)))
+    with pytest.raises(PlacementError, match=re.escape(f"{whole} ({there} there) is missing")):
+        convert(request(tmp_path / "shards", tmp_path / "back", "hf"))
+
+
 def test_nothing_of_a_file_is_run(tiny, tmp_path):
     """A pickle that would make a file when it is loaded, where Megatron-LM has its arguments; loaded as torch does, it makes it."""
     convert(request(tiny, tmp_path / "m", "megatron"))
