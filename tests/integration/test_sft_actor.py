@@ -14,6 +14,7 @@ from workers.picture_world import build_picture_world
 from workers.synthetic import build_world
 
 RANKS = "tests.integration.sft_actor_ranks"
+RECIPES = Path(__file__).resolve().parents[2] / "configs" / "sft" / "recipe"
 DYNAMIC = {"enable_dynamic_batch_size": True, "max_tokens_per_mbs": 24}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
@@ -92,6 +93,12 @@ def test_a_pretraining_begins_with_the_same_random_weights_in_every_layout_and_p
     tp, pp, ep = (f"actor.model.{axis}_model_parallel_size=2" for axis in ("tensor", "pipeline", "expert"))
     from_hf = ["actor.seed=7", "actor.megatron.convert_from_hf=True", f"actor.model.model_path={tmp_path}/llama3_8b"]
     dense = [[], [tp, "actor.model.sequence_parallel=True", "actor.model.precision=bf16"], from_hf]
-    cases = [{"recipe": "llama3_8b", "layouts": dense}, {"recipe": "deepseek_v3", "layouts": [[ep], [pp]]}]
+    others = ("llama3_70b", "qwen2.5_7b", "qwen2.5_72b", "qwen3_8b", "qwen3_30b_a3b", "qwen3_235b_a22b", "moonlight_16b")
+    cases = [
+        {"recipe": "llama3_8b", "layouts": dense},
+        {"recipe": "deepseek_v3", "layouts": [[ep], [pp]]},
+        *({"recipe": recipe, "layouts": [[]]} for recipe in others),
+    ]
+    assert {case["recipe"] for case in cases} == {path.stem for path in RECIPES.glob("*.yaml")}
     outputs = run_ranks(2, RANKS, "pretrain_twins", cases=cases, folder=str(tmp_path))
     assert outputs[0].count("EQUAL") == sum(len(case["layouts"]) for case in cases), outputs[0]
