@@ -102,7 +102,7 @@ def lengths_of(text: str, sequence_length: int, count: int, seed: int = 0) -> tu
         found = [max(2, round(sequence_length / _SPREAD**share)) for share in shares]
     else:
         words = text.split(",")
-        if not all(word.isdigit() and 2 <= int(word) <= sequence_length for word in words):
+        if not all(word.isascii() and word.isdigit() and 2 <= int(word) <= sequence_length for word in words):
             raise ConfigError(
                 f"--lengths {text!r}: write equal, spread, or numbers from 2 to --sequence-length {sequence_length} with commas"
             )

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rlsync.bench import run as bench
 from rlsync.bench import spec as specs
@@ -214,9 +215,15 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         raise ConfigError(f"--actor {arguments.actor} needs {topology.world_size} GPUs, and {len(devices)} are visible; make it smaller")
     if arguments.profile and not devices:
         raise ConfigError("--profile says what a GPU does, and no GPU is visible; leave it out")
+    if arguments.sequence_length < 2:
+        raise ConfigError(f"--sequence-length is {arguments.sequence_length}; a sequence of less than 2 tokens has none to learn")
+    if arguments.peak_tflops is not None and not 0 < arguments.peak_tflops < math.inf:
+        raise ConfigError(f"--peak-tflops is {arguments.peak_tflops:g}; it must be more than 0")
     model, given = model_of(config, topology), _settings(arguments.set)
     if model.vision is not None:
         raise ConfigError(f"--train has sequences of text, and {model.architecture} takes pictures; take the model of its language part")
+    if misfits := [*_misfits_of_types(config, given)]:
+        raise ConfigError("; ".join(misfits))
     ddp = {"use_distributed_optimizer": True, **{name: given.pop(name) for name in _OF_DDP if name in given}}
     optimizer = {"lr": 1e-5, **{name: given.pop(name) for name in _OF_OPTIMIZER if name in given}}
     layers = specs.layers_of(arguments.layers, devices)
@@ -257,6 +264,28 @@ def plan_training(arguments: argparse.Namespace, folder: Path) -> training.Train
         folder=str(folder),
         devices=devices[: topology.world_size],
     )
+
+
+def _misfits_of_types(config: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are no truth values or numbers where a field is one: as a word, ``false`` would switch on."""
+    if not given:
+        return
+    # The imports take seconds.
+    import torch
+
+    from rlsync.megatron.config import model_config
+    from rlsync.megatron.model import DdpOptions
+    from rlsync.megatron.optimizer import OptimizerOptions
+
+    transformer = model_config(config, topology=Topology(), dtype=torch.bfloat16).transformer
+    types: dict[str, Any] = {}
+    for owner in (type(transformer), OptimizerOptions, DdpOptions):
+        types |= get_type_hints(owner)
+    for name, value in given.items():
+        kind = types.get(name)
+        kinds = set(get_args(kind) if get_origin(kind) in (Union, UnionType) else [kind])
+        if kinds <= {bool, int, float, NoneType} and not (type(value) in kinds or (float in kinds and type(value) is int)):
+            yield f"--set {name}={value}: write {'True or False' if bool in kinds else 'a number'}, as Python has it"
 
 
 def _misfits_of_switches(given: Mapping[str, Any], model: Model, topology: Topology, *, has_gpus: bool) -> Iterator[str]:
