@@ -20,7 +20,7 @@ from rlsync.layout.safetensors import Holding, StoredTensor
 from rlsync.layout.topology import Topology
 from rlsync.layout.torch_files import Opaque, TensorView, read_torch_file
 from rlsync.models import Flavour, Model, model_of
-from rlsync.models.lora import Adapters, adapters_of
+from rlsync.models.lora import Adapters, adapters_of, without_idle_targets
 from rlsync.models.placement import megatron_placement
 from rlsync.models.shards import ADAPTERS_SCALING, EXTRA_STATE, RANK_STATE_FILE, both_names, chunk_keys, local_names
 from rlsync.models.stored import StoredForm
@@ -160,7 +160,7 @@ def open_adapter(folder: Path, model_folder: Path | None = None) -> Source:
         model_folder = base_folder(base_name) or _model_folder(folder, weights)
     text, config = read_config(model_folder)
     model = model_of(config)
-    adapters = adapters_of(model, spec)
+    adapters = adapters_of(model, without_idle_targets(model, spec))
     if not _is_peft(folder):
         return replace(_read_shards(weights, model_folder, text, model, adapters), base_name=base_name)
     holding = placed_adapter(model, adapters, folder)

@@ -310,6 +310,16 @@ def check_adapters(model: Model, spec: LoraSpec) -> list[str]:
     return findings
 
 
+def without_idle_targets(model: Model, spec: LoraSpec) -> LoraSpec:
+    """The spec of an adapter folder without the names in ``target_modules`` that no matrix of a model is called: PEFT passes over them, and
+    writes some itself. Unlike in a run's spec nothing is left out by that, because the folder's tensors say what has adapters."""
+    if isinstance(spec.target_modules, str):
+        return spec
+    linear, other = _matrices(model)
+    found = tuple(name for name in spec.target_modules if any(_ends_with(module, name) for module in (*linear, *other)))
+    return replace(spec, target_modules=found) if found or spec.target_parameters else spec
+
+
 def idle_exclusions(model: Model, spec: LoraSpec) -> list[str]:
     """What ``exclude_modules`` say that no matrix of a model is called, in words: layers that somebody meant to leave out would be trained.
 

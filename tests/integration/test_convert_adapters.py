@@ -115,6 +115,19 @@ def test_adapters_go_to_shards_of_two_layouts_and_back_bit_for_bit(adapted, tmp_
     assert apart(tensors(tmp_path / "by peft"), tensors(base / "merged")) <= (1e-6 if family in STACKED else 0.0)
 
 
+def test_names_that_nothing_is_called_are_passed_over_in_a_folder_as_peft_does(adapted, tmp_path):
+    """It writes some itself: of ``.*_proj`` and a Mixtral the names of layers that other families have. A folder whose names match nothing
+    is refused."""
+    folder = Path(shutil.copytree(adapted["qwen2"] / "adapter", tmp_path / "adapter"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": [*config["target_modules"], "gate_up_proj"]}))
+    convert(request(adapted["qwen2"], tmp_path / "merged", "hf", adapter=folder, merge_lora=True))
+    assert apart(tensors(tmp_path / "merged"), tensors(adapted["qwen2"] / "merged")) < 1e-6
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["gate_up_proj"]}))
+    with pytest.raises(ConfigError, match="target_modules gate_up_proj match no linear layer of Qwen2ForCausalLM"):
+        convert(request(adapted["qwen2"], tmp_path / "none", "hf", adapter=folder, merge_lora=True))
+
+
 def test_weights_that_peft_saved_beside_adapters_are_the_bases(adapted, tmp_path):
     """A base that is another is refused, and so are copies that nothing is there to compare with."""
     folder = Path(shutil.copytree(adapted["qwen3"] / "adapter", tmp_path / "adapter"))
