@@ -139,6 +139,7 @@ ROWS: dict[str, Row] = {
     "steps-apart": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT}", 2),
     "steps-ahead": Row(f"{_STEPS} --actor 0 --rollout 1 {_STAYS} {_KEPT} runner.async_steps=1", 2),
     "steps-collocated": Row(f"{_STEPS} --actor 0-1 --rollout 0-1 {_KEPT}", 2),
+    "generation": Row("benchmarks.generation --out {out}/found.json", 1),
     # Answers are what takes time, so that questions make rows long; memory is the same.
     "steps-7b": Row(f"{_STEPS_7B} --actor 0-1 --rollout 0-1 {_BESIDE}", 2),
     # An optimizer of 7B has no room beside the gradients of one GPU.

@@ -27,7 +27,7 @@ def measured_cases() -> list[tuple[str, str]]:
     for path in sorted(RAW.glob("*.json")):
         measured = json.loads(path.read_text())
         for case in measured.get("cases", ()) if isinstance(measured, dict) and "floors" in measured else ():
-            if case["kind"] == "rlsync" and case["report"]["sinks"] == ["direct"] and "lora" not in case["settings"]:
+            if case["kind"] == "rlsync" and "lora" not in case["settings"] and case["report"]["sinks"] == ["direct"]:
                 found.append((path.stem, case["name"]))
     return found
 
