@@ -62,7 +62,7 @@ def passed(model, tokens, routes, sparse):
     num_experts, topk = model.model.layers[sparse[0]].mlp.gate.weight.size(0), model.config.num_experts_per_tok
     live = torch.empty(*tokens.shape, len(sparse), topk, dtype=torch.int64)
     spread = torch.empty(*tokens.shape, len(sparse), num_experts)
-    scale = getattr(model.config, "routed_scaling_factor", None)
+    scale, renormalises = getattr(model.config, "routed_scaling_factor", None), getattr(model.config, "norm_topk_prob", True)
 
     def obey(place):
         def hook(gate, inputs, output):
@@ -76,7 +76,8 @@ def passed(model, tokens, routes, sparse):
                 given = routes[:, :, place].reshape(-1, topk)
                 chosen = torch.where(given < 0, own, given)
             taken = shares.gather(1, chosen)
-            return (output[0], taken / taken.sum(-1, keepdim=True) * (1.0 if scale is None else scale), chosen)
+            weights = taken / taken.sum(-1, keepdim=True) if renormalises else taken
+            return (output[0], weights * (1.0 if scale is None else scale), chosen)
 
         return hook
 
@@ -115,6 +116,21 @@ def test_routes_outside_a_routers_groups_are_taken_with_the_weights_of_its_sigmo
     ]
     outputs = run_ranks(2, RANKS, "replay", cases=cases, expected=expected)
     assert outputs[0].count("REPLAYED") == len(cases)
+
+
+@pytest.mark.parametrize(
+    ("family", "sparse", "axes"),
+    [
+        ("qwen2_moe", SPARSE, {"tp_size": 2, "etp_size": 2}),  # whose weights are not renormalised
+        ("mixtral", (0, 1, 2, 3), {"pp_size": 2}),
+        ("glm4_moe", LATENT_SPARSE, {"tp_size": 2, "ep_size": 2}),
+    ],
+)
+def test_routes_are_replayed_with_the_weights_of_every_family(tmp_path, family, sparse, axes):
+    folder, expected = force(tmp_path, family, sparse)
+    overrides = {"sequence_parallel": "tp_size" in axes}
+    outputs = run_ranks(2, RANKS, "replay", cases=[{"folder": folder, "topology": axes, "overrides": overrides}], expected=expected)
+    assert outputs[0].count("REPLAYED") == 1
 
 
 def test_grpo_on_the_engines_routes_has_the_engines_log_probabilities_and_without_them_has_not(forced):
