@@ -35,6 +35,26 @@ fail() {
     exit 2
 }
 
+# A path as hydra takes it for a value: quoted where it has spaces, brackets or the like.
+as_value() {
+    case $1 in
+        *[!A-Za-z0-9_./,~-]*) printf '"%s"' "${1//\"/\\\"}" ;;
+        *) printf '%s' "$1" ;;
+    esac
+}
+
+# A command as a shell takes it.
+show() {
+    local word words=()
+    for word; do
+        case $word in
+            *[[:space:]\(\)\'\$\&\;\*\?\|\<\>\\\`\#\!]*) words+=("$(printf '%q' "$word")") ;;
+            *) words+=("$word") ;;
+        esac
+    done
+    echo "${words[*]}"
+}
+
 # The answer to a question in `answer`; a default where there is one.
 ask() {
     read -rp "$1${2:+ [$2]}: " answer || fail "no answer to: $1"
@@ -101,9 +121,9 @@ while [ $# -gt 0 ]; do
 $(list_recipes)"
             recipe=$value
             ;;
-        --hf) keys+=("actor.megatron.convert_from_hf=True" "actor.model.model_path=$value") ;;
-        --data) keys+=("data.train_data_paths=[$value]") ;;
-        --tokenizer) keys+=("seeded_model.tokenizer=$value") ;;
+        --hf) keys+=("actor.megatron.convert_from_hf=True" "actor.model.model_path=$(as_value "$value")") ;;
+        --data) keys+=("data.train_data_paths=[$(as_value "$value")]") ;;
+        --tokenizer) keys+=("seeded_model.tokenizer=$(as_value "$value")") ;;
         --tp)
             keys+=("actor.model.tensor_model_parallel_size=$value")
             # Activations between its regions are cut too, which experts ask for.
@@ -131,7 +151,7 @@ $(list_recipes)"
 done
 if [ ${#to_hf[@]} -gt 0 ]; then
     [ -z "$plain$recipe$twin" ] && [ $((${#keys[@]} + ${#rest[@]})) -eq 0 ] || fail "--to-hf stands alone: it starts no run"
-    [ -z "$only_print" ] || { echo "${to_hf[*]}" && exit 0; }
+    [ -z "$only_print" ] || { show "${to_hf[@]}" && exit 0; }
     # shellcheck source=scripts/bootstrap.sh
     source "$ROOT/scripts/bootstrap.sh"
     exec "${to_hf[@]}"
@@ -143,5 +163,5 @@ elif [ -n "$twin" ]; then
     fail "--twin is of a recipe: --recipe NAME --twin"
 fi
 set -- "$config" ${keys[@]+"${keys[@]}"} ${rest[@]+"${rest[@]}"}
-[ -z "$only_print" ] || { echo "bash examples/sft/run_llm_sft.sh $*" && exit 0; }
+[ -z "$only_print" ] || { show bash examples/sft/run_llm_sft.sh "$@" && exit 0; }
 launch examples/recipes/run.sh "$CONFIGS" "$PLAIN" examples/sft/main_sft.py "$@"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -160,6 +162,21 @@ STAGES = "actor.model.decoder_first_pipeline_num_layers=null actor.model.decoder
 def test_flags_and_menu_give_the_same_command(flags: str, answers: str, command: str) -> None:
     assert script(*flags.split(), "--print") == (0, command)
     assert script("--menu", "--print", answers=answers) == (0, command)
+
+
+def test_paths_of_any_letters_come_to_the_run_and_through_a_shell(text: Path, tmp_path: Path) -> None:
+    """Both the command that is shown and what it says to hydra are read anew, by a shell and by hydra."""
+    path = Path(shutil.copy(text, tmp_path / 'my text (1) "b".jsonl'))
+    code, shown = script("--recipe", "llama3_8b", "--twin", "--data", str(path), "--hf", "/my models/(a)", "--print")
+    assert code == 0
+    words = shlex.split(shown)
+    assert words[-1] == 'actor.model.model_path="/my models/(a)"'
+    register_resolvers()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("pretrain_text", words[3:])
+    assert list(composed.data.train_data_paths) == [str(path)] and composed.actor.model.model_path == "/my models/(a)"
+    code, shown = script("--to-hf", "/a b/global_step_4", "/out (1)", "--print")
+    assert (code, shlex.split(shown)) == (0, ["rlsync", "convert", "/a b/global_step_4", "/out (1)", "--to", "hf"])
 
 
 @pytest.mark.parametrize(
