@@ -120,9 +120,18 @@ def check_devices(config: AnyConfig, report: Report) -> None:
             return
         size = config.rollout.tensor_parallel_size
         engine_text = f"{len(engines)}{f' of {size} {kind} each' if size > 1 else ''} on {kind} {device_range(resolved.rollout)}"
-        report.plan.append(("engines", f"{engine_text}, {resolved.mode.value}"))
+        report.plan.append(("engines", f"{engine_text}, {resolved.mode.value}{_in_turns(config, len(engines))}"))
         if config.runner.async_steps:
             report.plan.append(("rollouts", "a step ahead of training"))
+
+
+def _in_turns(config: AnyConfig, num_engines: int) -> str:
+    """Where an engine has more samples of a step than it runs at once: the last ones wait for the first."""
+    if not isinstance(config, RunConfig):
+        return ""
+    most = config.rollout.max_running_requests
+    each = -(-config.data.rollout_batch_size // num_engines) * config.algorithm.group_size
+    return "" if each <= most else f"; up to {each} samples of a step each, {most} at once (rollout.max_running_requests)"
 
 
 def check_model(config: AnyConfig, report: Report) -> None:

@@ -89,6 +89,16 @@ def test_a_run_that_can_start_has_no_findings_and_a_plan(world, monkeypatch) -> 
     assert plan["begins"].startswith("from the start")
 
 
+def test_the_plan_says_where_samples_of_a_step_wait_for_others(world, monkeypatch) -> None:
+    apart = {"cluster": {"component_placement": {"actor": "0-1", "rollout": "2-3", "reward": "0"}}}
+    batch = {"data": {"rollout_batch_size": 6}, "algorithm": {"group_size": 4}}
+    texts = {
+        most: dict(check(world, monkeypatch, **apart, **batch, rollout={"max_running_requests": most}).plan)["engines"] for most in (11, 12)
+    }
+    assert texts[11].endswith("disaggregated; up to 12 samples of a step each, 11 at once (rollout.max_running_requests)"), texts
+    assert texts[12] == "2 on process slots 2-3, disaggregated"
+
+
 def test_findings_of_every_part_come_together(own, monkeypatch) -> None:
     edit(own / "model/config.json", architectures=["GemmaForCausalLM"])
     (own / "model/tokenizer.json").unlink()
