@@ -98,6 +98,7 @@ ROWS: dict[str, Row] = {
     "oracle": _tests(_files("engine_cuda"), 2, lanes=2),
     "logits": _tests(_files("bridge_nccl"), 2),
     "replay": _tests(_files("router_replay_cuda"), 1),
+    "balance": _tests(_files("balance_cuda"), 1),
     "shared-experts": _tests(_files("shared_experts_cuda"), 2),
     "placement": _tests(_files("grpo_placement_cuda"), 2),
     "faults": Row(f"pytest -sv {_files('faults_cuda')}", 2),

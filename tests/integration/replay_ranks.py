@@ -152,7 +152,7 @@ def move_biases(folder: str, cases: Sequence[dict[str, Any]], expected: str) -> 
 
 def _biases(bridge: AutoBridge, models: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
     """Of the routers of all layers with experts, in their order."""
-    return [t.clone() for name, t in sorted(bridge.export_weights(models)) if name.endswith("e_score_correction_bias")]
+    return [t.cpu().clone() for name, t in sorted(bridge.export_weights(models)) if name.endswith("e_score_correction_bias")]
 
 
 def grpo(folder: str, expected: str) -> None:
