@@ -221,7 +221,11 @@ _CONTAINERS: Mapping[tuple[str, str], Any] = {
 def _rebuilders(path: Path) -> dict[tuple[str, str], Any]:
     """What the program of a file may call to make tensors."""
 
-    def tensor(storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], *rest: Any) -> TensorView:
+    def tensor(
+        storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], grad: bool, hooks: Any, marks: Any = None
+    ) -> TensorView:
+        if isinstance(marks, dict) and (marks.get("neg") or marks.get("conj")):
+            raise CheckpointError(f"{path}: a tensor {tuple(shape)} is a negated view, other numbers than lie there; save it resolved")
         return view(storage, offset, shape, strides, storage.dtype)
 
     def typed(storage: _Storage, offset: int, shape: Sequence[int], strides: Sequence[int], grad: bool, hooks: Any, dtype: str) -> Any:

@@ -376,6 +376,7 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(tiny, tm
         "another layout": (lambda f: {**state, "topology": {**state["topology"], "tp_size": 1}}, "whose folders are 2"),
         "no layout": (lambda f: {k: v for k, v in state.items() if k != "topology"}, "neither rlsync's topology nor Megatron-LM's args"),
         "transposed": (lambda f: {**state, "model": {**model, first: model[first].t()}}, "has strides (1, 96); save it contiguous"),
+        "negated": (lambda f: {**state, "model": {**model, first: torch._neg_view(model[first])}}, "a tensor (160, 96) is a negated view"),
         "cut": (cut, "is not a file of torch.save, or is truncated"),
         "no tracker": (lambda f: (f / "latest_checkpointed_iteration.txt").unlink(), "cut short has none either"),
         "no model": (lambda f: (f / "config.json").unlink(), "name its Hugging Face folder by --model"),
