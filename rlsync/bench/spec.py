@@ -249,7 +249,7 @@ def _words(name: str, text: str) -> list[str]:
         raise ConfigError(f"--{name} {text!r}: write different words with commas between them")
     if name == "mode" and (unknown := [word for word in words if word not in MODES]):
         raise ConfigError(f"--mode {unknown[0]!r}: known are {', '.join(MODES)}")
-    if name in _NUMBERS and (wrong := [word for word in words if not word.isdigit()]):
+    if name in _NUMBERS and (wrong := [word for word in words if not (word.isascii() and word.isdigit())]):
         raise ConfigError(f"--{name} {wrong[0]!r}: write a whole number")
     return words
 

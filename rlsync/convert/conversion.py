@@ -123,7 +123,10 @@ def convert(
     """
     ranks = Ranks.alone() if ranks is None else ranks
     # A link to a folder of another disk is written there: no folder can be given the link's name.
-    request = replace(request, target=request.target.resolve())
+    try:
+        request = replace(request, target=request.target.resolve())
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{request.target}: it leads nowhere: {error}") from None
     with ranks.together(), ExitStack() as stack:
         source, output = prepare(request)
         targets = output.targets()
@@ -291,7 +294,7 @@ class Journal:
         """The journal of a working folder that is to hold ``files``. What was done for another request, or with other files, is removed,
         and so is what lacks a file that was made: disks for work in progress are swept of files that nobody has touched for a while."""
         request = folder / "request.json"
-        if not request.is_file() or request.read_text() != identity or cls(folder)._has_lost(files):
+        if not request.is_file() or request.read_text() != identity or cls._is_damaged(folder, files):
             request.unlink(missing_ok=True)
             shutil.rmtree(folder / _STAGED, ignore_errors=True)
             for journal in folder.glob("journal*"):
@@ -304,11 +307,17 @@ class Journal:
     def done_bytes(self) -> int:
         return sum(self.buckets.values())
 
-    def _has_lost(self, files: Sequence[str]) -> bool:
-        """Whether a file, or the line that says that it was made, is not there any more, or not whole."""
-        paths = {self.folder / _STAGED / files[target]: nbytes for target, nbytes in self.made.items()}
-        is_damaged = any(not path.is_file() or path.stat().st_size != nbytes for path, nbytes in paths.items())
-        return is_damaged or not {target for target, _ in self.buckets} <= self.made.keys()
+    @classmethod
+    def _is_damaged(cls, folder: Path, files: Sequence[str]) -> bool:
+        """Whether a file, or the line that says that it was made, is not there any more, or not whole; or a line is not what ``_add``
+        writes."""
+        try:
+            journal = cls(folder)
+            paths = {folder / _STAGED / files[target]: nbytes for target, nbytes in journal.made.items()}
+        except (ValueError, IndexError):
+            return True
+        is_lost = any(not path.is_file() or path.stat().st_size != nbytes for path, nbytes in paths.items())
+        return is_lost or not {target for target, _ in journal.buckets} <= journal.made.keys()
 
     def add_made(self, target: int, nbytes: int) -> None:
         self.made[target] = nbytes

@@ -346,6 +346,8 @@ def test_folders_may_be_called_anything_and_be_links(tiny, tmp_path, capsys):
         convert(request(tiny, tmp_path / f"link to {name}", "hf"))
         assert same(tensors(tmp_path / "disk" / name), tensors(tiny)) and (tmp_path / f"link to {name}").is_symlink()
     assert not list(tmp_path.glob("**/.*.conversion"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert main(["convert", str(tiny), str(tmp_path / "loop")]) == 1 and "loop: it leads nowhere" in capsys.readouterr().err
     assert main(["convert", str(tiny), "/dev/shm"]) == 1 and "/dev/shm is where a disk is mounted" in capsys.readouterr().err
 
 
@@ -449,7 +451,7 @@ def test_a_stopped_conversion_does_not_go_on_with_other_weights_or_beside_anothe
     assert same(tensors(tmp_path / "back"), tensors(source))
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut", "journal of the first process removed"])
+@pytest.mark.parametrize("damage", ["removed", "cut", "journal of the first process removed", "journal written over"])
 def test_a_stopped_conversion_whose_files_were_lost_begins_anew(tiny, tmp_path, damage):
     """A folder without the file, or with an empty one, was given its name."""
     asked, working = request(tiny, tmp_path / "out", "hf", max_shard_bytes=200_000, bucket_bytes=1), tmp_path / ".out.conversion"
@@ -466,6 +468,9 @@ def test_a_stopped_conversion_whose_files_were_lost_begins_anew(tiny, tmp_path, 
         file.unlink()
     elif damage == "cut":
         os.truncate(file, 8)
+    elif damage == "journal written over":
+        with (working / "journal").open("ab") as journal:
+            journal.write(b"made 0 \xff .\n")
     else:
         # What others have done is told by theirs.
         lines = (working / "journal").read_text()

@@ -84,6 +84,7 @@ def test_the_engine_of_a_model_that_takes_pictures_gets_its_processor_and_no_wei
         (["--transport", "shm,,gloo"], "write different words with commas between them"),
         (["--mode", "slow"], "--mode 'slow': known are params, ring, moved"),
         (["--num-slots", "2,many"], "--num-slots 'many': write a whole number"),
+        (["--num-slots", "²"], "--num-slots '²': write a whole number"),
         (["--bucket-bytes", "0"], "weight_sync.bucket_bytes is 0; it must be positive"),
         (["--peers", "nccl"], "--peers 'nccl': known are gather-broadcast"),
         (["--peers", "vllm-nccl"], "--peers vllm-nccl works disaggregated on GPUs, and this bench is without GPUs"),
