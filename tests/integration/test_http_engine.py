@@ -149,6 +149,8 @@ def test_what_is_sampled_does_not_depend_on_the_generation_config_of_the_model(u
     (twice, other) = engine.generate([PROMPTS[0], PROMPTS[0]], sampling, seeds=[1, 1001])
     assert len({c.token_ids for c in (*twice, *other)}) == 4
     assert engine.generate([PROMPTS[0]], sampling, seeds=[1]) == [twice]
+    ((longer,), (shorter,)) = engine.generate(PROMPTS[:2], [GREEDY, {**GREEDY, "max_tokens": 3, "logprobs": None}])
+    assert (len(longer.logprobs), len(shorter.token_ids), shorter.logprobs) == (GREEDY["max_tokens"], 3, ())
     # The negative control: who leaves the fields out gets the greedy sample whatever the seed.
     assert len({tuple(complete(url, PROMPTS[0], temperature=1, max_tokens=12, seed=seed)["token_ids"]) for seed in range(3)}) == 1
     with pytest.raises(ConfigError, match="no sampling field temprature"):
