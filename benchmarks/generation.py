@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.vlm_sft import save_random_model
 from rlsync.cli.shapes import SHAPES
 from rlsync.engine import Engine
-from workers.rollout import compared
+from workers.rollout import some_with_logprobs
 
 _ASKED = ("all", "every eighth", "none")
 
@@ -76,7 +76,7 @@ def _seconds(engine: Engine, a: argparse.Namespace, asked: str, number: int) -> 
     prompts = [[draw.randrange(256, 4096) for _ in range(a.prompt)] for _ in range(a.prompts)]
     fields = {"n": a.group, "temperature": 1.0, "max_tokens": a.answer, "ignore_eos": True, "logprobs": 0 if asked == "all" else None}
     begun_s = time.monotonic()
-    groups = engine.generate(prompts, compared(fields, a.prompts) if asked == "every eighth" else fields)
+    groups = engine.generate(prompts, some_with_logprobs(fields, a.prompts) if asked == "every eighth" else fields)
     took_s = time.monotonic() - begun_s
     assert all(len(answer.token_ids) == a.answer for group in groups for answer in group)
     return took_s

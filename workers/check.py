@@ -129,8 +129,8 @@ def _in_turns(config: AnyConfig, num_engines: int) -> str:
     """Where an engine has more samples of a step than it runs at once: the last ones wait for the first."""
     if not isinstance(config, RunConfig):
         return ""
-    most = config.rollout.max_running_requests
-    each = -(-config.data.rollout_batch_size // num_engines) * config.algorithm.group_size
+    most, algorithm = config.rollout.max_running_requests, config.algorithm
+    each = -(-config.data.rollout_batch_size // num_engines) * (algorithm.group_size if algorithm.sampling_params.do_sample else 1)
     return "" if each <= most else f"; up to {each} samples of a step each, {most} at once (rollout.max_running_requests)"
 
 

@@ -327,8 +327,8 @@ class GrpoRunner(Runner[RunConfig, Preparation]):
         with Beside(judge) as judging, Beside(early.ended) as scoring:
             with timed(seconds, "time/rollout"):
                 sampling = sampling_arguments(self._config, model=self._model, stop_token_ids=self._prepared.stop_ids)
-                seeds, compares = self._seeds(len(prompts), step), self._config.rollout.return_logprobs is None
-                self._group.generate([p.for_engine() for p in prompts], sampling, seeds, take, compares=compares)
+                seeds, some = self._seeds(len(prompts), step), self._config.rollout.return_logprobs is None
+                self._group.generate([p.for_engine() for p in prompts], sampling, seeds, take, some_logprobs=some)
             with timed(seconds, "time/reward"):
                 judging.wait()
             scoring.wait()

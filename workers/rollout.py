@@ -17,7 +17,7 @@ from workers.worker_logs import first_error, keep_own_log, log_size, own_log
 
 # vLLM adds it to a logit; more it does not take.
 _NEVER = -100.0
-_COMPARED_EVERY = 8
+_LOGPROBS_EVERY = 8
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -130,12 +130,12 @@ def sampling_arguments(config: RunConfig, *, model: Model, stop_token_ids: Seque
     }
 
 
-def compared(sampling: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
+def some_with_logprobs(sampling: Mapping[str, Any], count: int) -> list[Mapping[str, Any]]:
     """Sampling fields of each of an engine's ``count`` prompts, of which every eighth, from the first, is asked for log-probabilities.
     Asked of all they have vLLM's processes make and send objects for every token, which takes a small model's rollouts half as long
     again."""
     asked = {**sampling, "logprobs": 0}
-    return [sampling if number % _COMPARED_EVERY else asked for number in range(count)]
+    return [sampling if number % _LOGPROBS_EVERY else asked for number in range(count)]
 
 
 def reshaping(config: RunConfig, *, vocab_size: int) -> tuple[str, ...]:

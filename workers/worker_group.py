@@ -32,7 +32,7 @@ from workers.metrics import largest
 from workers.model_folder import read_hf_config
 from workers.placement import components_of, resolve_placement
 from workers.remote import Call, Worker, WorkerSilentError, collect, collect_answered, collect_streamed
-from workers.rollout import RolloutEngine, compared, engine_arguments
+from workers.rollout import RolloutEngine, engine_arguments, some_with_logprobs
 
 T = TypeVar("T")
 _RANK_CLOSE_S = 5.0
@@ -190,18 +190,18 @@ class WorkerGroup:
         seeds: Sequence[int] | None,
         on_groups: Callable[[Mapping[int, tuple[Completion, ...]]], None] = lambda groups: None,
         *,
-        compares: bool = False,
+        some_logprobs: bool = False,
     ) -> list[tuple[Completion, ...]]:
         """Completions of all prompts, each by one engine; ``seeds`` has one seed per prompt. ``on_groups`` is called with those that have
-        just ended, by the number of their prompt, while others are still under way. ``compares``: some of each engine's, its first among
-        them, are asked for log-probabilities whatever ``sampling`` says."""
+        just ended, by the number of their prompt, while others are still under way. ``some_logprobs``: of every eighth prompt of each
+        engine, from its first, log-probabilities are asked for whatever ``sampling`` says."""
         count = len(self._engines)
         bounds = [i * len(prompts) // count for i in range(count + 1)]
         timeout_s, begun_s = self._config.rollout.timeout_s, time.monotonic()
         limit_s = timeout_s + ENGINE_GRACE_S
-        some = partial(compared, sampling) if compares else lambda _: sampling
+        fields = partial(some_with_logprobs, sampling) if some_logprobs else lambda _: sampling
         calls = [
-            engine.stream("stream", prompts[a:b], some(b - a), None if seeds is None else seeds[a:b], timeout_s, timeout_s=limit_s)
+            engine.stream("stream", prompts[a:b], fields(b - a), None if seeds is None else seeds[a:b], timeout_s, timeout_s=limit_s)
             for engine, (a, b) in zip(self._engines, pairwise(bounds), strict=True)
         ]
         rounds = [_Round(begun_s, a, b - a) for a, b in pairwise(bounds)]

@@ -63,7 +63,7 @@ class Balance:
         return along.reshape(-1)
 
     def _bind(self, router: TopKRouter) -> None:
-        """Have a router ask which of its tokens count, until ``release``."""
+        """Have a router ask which of its tokens count, until ``balanced`` gives its methods back."""
         original, again, now = router.routing, deque[_Pass](), deque[_Pass](maxlen=1)
 
         def routing(logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

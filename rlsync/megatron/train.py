@@ -114,7 +114,7 @@ def train_step(
         never_drawn: tokens that take no probability in them, because whoever samples leaves them out (vLLM's ``logit_bias``).
         routing: of these chunks; tokens then go to the experts that a microbatch's ``routes`` (B, S, layers with experts, topk) name.
         packing: the model gets the rows of a microbatch one after the other, without the padding behind their ``lengths`` (B,) int64;
-            losses, metrics and gradients are the same.
+            losses, metrics and gradients are the same, but for balancing losses with ``moe_router_fusion``, in which padding counts.
         chunk_tokens: positions of a microbatch of which logits exist at once; those of more are computed again in the backward pass.
 
     Raises:

@@ -73,7 +73,7 @@ class Group:
     def connect(self) -> None: ...
 
     def generate(
-        self, prompts: Sequence[Any], sampling: Mapping[str, Any], seeds: Sequence[int] | None, on_groups: Any, *, compares: bool
+        self, prompts: Sequence[Any], sampling: Mapping[str, Any], seeds: Sequence[int] | None, on_groups: Any, *, some_logprobs: bool
     ) -> None:
         assert seeds is not None and self.held >= 0 and not self._is_generating
         self._is_generating, held = True, self.held

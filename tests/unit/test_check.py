@@ -97,6 +97,8 @@ def test_the_plan_says_where_samples_of_a_step_wait_for_others(world, monkeypatc
     }
     assert texts[11].endswith("disaggregated; up to 12 samples of a step each, 11 at once (rollout.max_running_requests)"), texts
     assert texts[12] == "2 on process slots 2-3, disaggregated"
+    greedy = {**batch, "algorithm": {"group_size": 4, "sampling_params": {"do_sample": False}}}
+    assert dict(check(world, monkeypatch, **apart, **greedy, rollout={"max_running_requests": 3}).plan)["engines"] == texts[12]
 
 
 def test_findings_of_every_part_come_together(own, monkeypatch) -> None:

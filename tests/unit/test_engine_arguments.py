@@ -14,7 +14,7 @@ from tests.unit.test_config import minimal
 from tests.unit.test_sft_config import minimal as minimal_sft
 from workers.config import load_config
 from workers.config.validate import LEAST_BATCHED_TOKENS
-from workers.rollout import compared, engine_arguments, sampling_arguments
+from workers.rollout import engine_arguments, sampling_arguments, some_with_logprobs
 
 
 def arguments(*, on_gpu: bool, can_sleep: bool = False, seeded: bool = True, **rollout: Any) -> dict[str, Any]:
@@ -84,6 +84,6 @@ def test_log_probabilities_are_asked_for_where_they_are_needed_and_of_every_eigh
         config = load_config(minimal(rollout={"return_logprobs": returned}))
         sampling = sampling_arguments(config, model=model, stop_token_ids=())  # type: ignore[arg-type]
         assert (config.rollout.return_logprobs, sampling["logprobs"]) == (returned, asked)
-    each = compared(sampling, 17)
+    each = some_with_logprobs(sampling, 17)
     assert [number for number, fields in enumerate(each) if fields["logprobs"] == 0] == [0, 8, 16]
-    assert all({**fields, "logprobs": None} == sampling for fields in each) and len(compared(sampling, 1)) == 1
+    assert all({**fields, "logprobs": None} == sampling for fields in each) and len(some_with_logprobs(sampling, 1)) == 1

@@ -151,10 +151,9 @@ class Engine:
 
         Raises EngineDirtyError where the engine's last sync did not commit, also when that happens meanwhile, and where ``timeout_s``
         passed and a process of it is stopped; TimeoutError where the engine is only slow: it ends the requests and stays clean;
-        ConfigError where ``sampling`` has a field that vLLM has not or a value that it does not take, or mappings that are not as many as
-        the prompts, where a prompt has not one
+        ConfigError where ``sampling`` has a field that vLLM has not or a value that it does not take, where a prompt has not one
         placeholder for each of its pictures, or the model takes none, where it is empty or has ids that the model has no token for, and
-        where ``seeds`` are not as many as the prompts. Raises what ``on_result`` raises.
+        where mappings of ``sampling`` or ``seeds`` are not as many as the prompts. Raises what ``on_result`` raises.
         """
         self._gate.wait(timeout_s)
         if self._asleep:
